@@ -1,0 +1,348 @@
+"""The depth stream: keys and values that layers leave at every token for all later layers to read.
+
+In: each layer's K and V. Out: attention over the sequence and over the slots of earlier layers, in one softmax.
+
+Storage is O(layers): one slot-major buffer a forward pass, written once and read in place. A pass is a *lease* of
+that storage, opened by `start` and named by a handle, a tensor of zero bytes that blocks take and return. Every write
+and read returns the next handle, so autograd runs their backwards in exactly the reverse order: the backward of a write
+comes after the backward of every later read. The number of a lease is the handle's shape, which is known on the host
+without a synchronisation and survives whatever a wrapper (FSDP2, checkpointing, dtype casts) does to a tensor.
+
+Gradients are pulled. The backward of a read computes the gradients of its own q, k, v only and leaves (q, do, lse,
+delta) behind; the backward of a write sums over the readers that came after it. Nothing is accumulated in memory, and
+no operator returns a gradient for another layer's slot. What readers leave is valid within one backward pass only: it
+carries the number of autograd's graph task and is ignored by any other.
+
+The lease belongs to the graph: to autograd's node of `start`, which every handle reaches. It is emptied when a backward
+pass that does not retain the graph ends, and freed with the graph otherwise; the caching allocator is the pool that the
+next pass takes it from. Without gradients, nothing but slots is kept, until `finish`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moda import reference
+from moda.attention import check_backend, check_sequence
+
+
+@dataclass
+class _Reader:
+    """What one layer's read leaves in its backward for the slots it has read."""
+
+    q: Tensor  # [batch, time, query_heads, head_dim]
+    do: Tensor  # like q
+    lse: Tensor  # [batch, time, query_heads]
+    delta: Tensor  # like lse
+    scale: float
+
+
+@dataclass(eq=False)
+class _Lease:
+    """The storage and the bookkeeping of one forward pass and its backward passes."""
+
+    number: int
+    records_grad: bool
+    keys: Tensor | None  # [slots, batch, time, kv_heads, head_dim]
+    values: Tensor | None
+    written: set[int] = field(default_factory=set)  # slots
+    readers: dict[int, _Reader] = field(default_factory=dict)  # layer: what its backward left
+    graph_task: int = -1  # the backward pass that `readers` belong to
+
+    def storage(self) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            raise RuntimeError(
+                "The depth stream's storage was freed by an earlier backward pass through this graph: "
+                "call backward(retain_graph=True) there to go through it again."
+            )
+        return self.keys, self.values
+
+    def leave(self, layer: int, reader: _Reader) -> None:
+        """Keep what the read of `layer` leaves for the writes below it."""
+        task = torch._C._current_graph_task_id()
+        if task != self.graph_task:
+            self.readers.clear()
+            self.graph_task = task
+        self.readers[layer] = reader
+
+    def finished_readers(self) -> dict[int, _Reader]:
+        """Readers whose backward has run in the present backward pass."""
+        return self.readers if self.graph_task == torch._C._current_graph_task_id() else {}
+
+    def end_backward(self) -> None:
+        """The whole graph has been gone through: forget the readers, and free the slots unless the graph is kept."""
+        self.readers.clear()
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.keys = self.values = None
+
+
+def _without_view(storage: Tensor, index: int) -> Tensor:
+    """Slot `index` of the storage as a tensor with a version counter of its own.
+
+    Views share one counter, so that writing a slot would invalidate what autograd saved of all the others.
+    """
+    slot = storage[index]
+    alias = torch.empty(0, dtype=storage.dtype, device=storage.device)
+    return alias.set_(storage.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride())
+
+
+class DepthStream:
+    """Depth slots of a stack of layers (paper, section 3; bounded form: section 6.2).
+
+    Args:
+        num_layers: layers of the stack.
+        batch, time: shape of the tokens of a pass.
+        num_kv_heads, head_dim: shape of a key or value of one token.
+        slots_per_layer: slots each layer may write: 1 (attention), or 2 (attention and FFN).
+        dtype, device: of the slots; what is written must have them.
+        recent_layers: read only the slots of this many layers back (None: all earlier layers).
+        first_layers: with `recent_layers`, the slots of this many first layers are read too.
+
+    A stream serves any number of passes, one after the other or at the same time; each holds
+    2 * num_layers * slots_per_layer * batch * time * num_kv_heads * head_dim elements.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        time: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        slots_per_layer: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        recent_layers: int | None = None,
+        first_layers: int = 0,
+    ) -> None:
+        sizes = {
+            "num_layers": num_layers,
+            "batch": batch,
+            "time": time,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "slots_per_layer": slots_per_layer,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}={size} cannot make a depth stream: use a positive integer.")
+        if recent_layers is not None and recent_layers < 1:
+            raise ValueError(f"recent_layers={recent_layers} reads nothing: use None (all layers) or at least 1.")
+        if first_layers < 0:
+            raise ValueError(f"first_layers={first_layers} is negative: use 0 or more.")
+        self.num_layers, self.slots_per_layer = num_layers, slots_per_layer
+        self.slot_shape = (batch, time, num_kv_heads, head_dim)
+        self.dtype, self.device = dtype, torch.device(device)
+        self.recent_layers, self.first_layers = recent_layers, first_layers
+        self._numbers = itertools.count()
+        self._leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()
+        self._without_grad: dict[int, _Lease] = {}  # passes that no graph keeps alive
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the live passes hold: slots, and what readers have left for pulled gradients."""
+        held: dict[int, int] = {}
+        for lease in list(self._leases.values()):
+            left = [t for r in lease.readers.values() for t in (r.q, r.do, r.lse, r.delta)]
+            for tensor in [lease.keys, lease.values, *left]:
+                if tensor is not None:
+                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(held.values())
+
+    def read_ranges(self, layer: int) -> list[tuple[int, int]]:
+        """Slots that `layer` reads, as half-open ranges in rising order."""
+        nearest = 0 if self.recent_layers is None else max(0, layer - self.recent_layers)
+        first = min(self.first_layers, nearest)
+        ranges = [(0, first), (nearest, layer)] if first < nearest else [(0, layer)]
+        return [(a * self.slots_per_layer, b * self.slots_per_layer) for a, b in ranges if a < b]
+
+    def reads(self, reader: int, layer: int) -> bool:
+        """Whether the layer `reader` reads the slots of `layer`."""
+        slot = layer * self.slots_per_layer
+        return any(start <= slot < stop for start, stop in self.read_ranges(reader))
+
+    @torch.compiler.disable
+    def start(self) -> Tensor:
+        """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it)."""
+        number = next(self._numbers)
+        shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
+        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        lease = _Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
+        self._leases[number] = lease
+        if not lease.records_grad:
+            self._without_grad[number] = lease
+        anchor = torch.empty(number, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
+        return _Start.apply(anchor, lease)
+
+    @torch.compiler.disable
+    def write(self, handle: Tensor, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write k, v [batch, time, kv_heads, head_dim] to a slot of `layer` (0: attention, 1: FFN).
+
+        Returns k and v as they stand in the slot, for sequence attention to read, and the next handle. Their backward
+        returns the gradients that reach them by the sequence and by every layer that has read the slot.
+
+        Raises ValueError for shapes, dtypes or numbers that do not fit the stream, RuntimeError for a stale handle.
+        """
+        lease = self._lease(handle)
+        if not 0 <= layer < self.num_layers or not 0 <= slot < self.slots_per_layer:
+            raise ValueError(
+                f"layer={layer}, slot={slot} is outside the stream: it has {self.num_layers} layers "
+                f"of {self.slots_per_layer} slots."
+            )
+        if k.shape != self.slot_shape or v.shape != self.slot_shape:
+            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}.")
+        if not k.dtype == v.dtype == self.dtype or not k.device == v.device == lease.storage()[0].device:
+            raise ValueError(
+                f"k ({k.dtype}, {k.device}) and v ({v.dtype}, {v.device}) must be {self.dtype} on {self.device}."
+            )
+        return _Write.apply(handle, k, v, self, lease, layer, layer * self.slots_per_layer + slot)
+
+    @torch.compiler.disable
+    def attend(
+        self,
+        handle: Tensor,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `layer` over its sequence and the slots of the layers before it; shapes as `moda.attention`.
+
+        Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError for arguments
+        that do not fit, RuntimeError for a stale handle or a slot that was never written.
+        """
+        check_backend(backend)
+        check_sequence(q, k, v, cu_seqlens)
+        lease = self._lease(handle)
+        if k.shape != self.slot_shape or k.dtype != self.dtype:
+            raise ValueError(f"k ({tuple(k.shape)}, {k.dtype}) must have the stream's {self.slot_shape}, {self.dtype}.")
+        for start, stop in self.read_ranges(layer):
+            if missing := [s for s in range(start, stop) if s not in lease.written]:
+                at, slot = divmod(missing[0], self.slots_per_layer)
+                raise RuntimeError(f"Layer {layer} reads slot {slot} of layer {at}, which nothing has written.")
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens)
+
+    @torch.compiler.disable
+    def finish(self, handle: Tensor, x: Tensor) -> Tensor:
+        """End the forward pass: tie the handle to `x` (any shape), which is returned with its values.
+
+        Every write's backward then runs, and a write that nobody reads gives its producers zeros, not no gradient.
+        """
+        lease = self._lease(handle)
+        self._without_grad.pop(lease.number, None)
+        return _Finish.apply(handle, x)
+
+    def _lease(self, handle: Tensor) -> _Lease:
+        lease = self._leases.get(handle.shape[0])
+        if lease is None:
+            raise RuntimeError("This handle belongs to a pass that has ended: call start() for a new one.")
+        if lease.records_grad != torch.is_grad_enabled():
+            started, now = ("on", "off") if lease.records_grad else ("off", "on")
+            raise RuntimeError(
+                f"A pass of the depth stream was started with gradients {started} and continued with them {now}: "
+                "start and use it in one mode, and give checkpoint() use_reentrant=False."
+            )
+        return lease
+
+
+class _Start(torch.autograd.Function):
+    """Owns the lease; its backward is the last of the stream's to run."""
+
+    @staticmethod
+    def forward(ctx, anchor, lease):
+        ctx.lease = lease
+        return torch.empty_like(anchor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        ctx.lease.end_backward()
+        return None, None
+
+
+class _Write(torch.autograd.Function):
+    """Copies K and V to their slot; the backward pulls the slot's gradient from the readers."""
+
+    @staticmethod
+    def forward(ctx, handle, k, v, stream, lease, layer, slot):
+        ctx.set_materialize_grads(False)
+        keys, values = lease.storage()
+        slot_k, slot_v = _without_view(keys, slot), _without_view(values, slot)
+        slot_k.copy_(k)
+        slot_v.copy_(v)
+        lease.written.add(slot)
+        ctx.stream, ctx.lease, ctx.layer, ctx.slot = stream, lease, layer, slot
+        return slot_k, slot_v, torch.empty_like(handle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dk, dv, dhandle):
+        keys, values = ctx.lease.storage()
+        k, v = keys[ctx.slot], values[ctx.slot]
+        # Both sums run in the accumulation dtype and are rounded once.
+        dtype = reference.accumulation_dtype(k.dtype)
+        dk = torch.zeros_like(k, dtype=dtype) if dk is None else dk.to(dtype)
+        dv = torch.zeros_like(v, dtype=dtype) if dv is None else dv.to(dtype)
+        for layer, reader in ctx.lease.finished_readers().items():
+            if ctx.stream.reads(layer, ctx.layer):
+                read_dk, read_dv = reference.depth_backward_slots(
+                    reader.do, reader.q, k[None], v[None], reader.lse, reader.delta, reader.scale
+                )
+                dk, dv = dk + read_dk[0], dv + read_dv[0]
+        return dhandle, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+
+class _Attend(torch.autograd.Function):
+    """Joint attention over the sequence and the slots below; the backward leaves (q, do, lse, delta) for the writes."""
+
+    @staticmethod
+    def forward(ctx, handle, q, k, v, stream, lease, layer, scale, cu_seqlens):
+        ctx.set_materialize_grads(False)
+        keys, values = lease.storage()
+        o, lse = reference.sequence_forward(q, k, v, scale, cu_seqlens)
+        for start, stop in stream.read_ranges(layer):
+            o, lse = reference.depth_forward(q, keys[start:stop], values[start:stop], o, lse, scale)
+        out = o.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+        ctx.stream, ctx.lease, ctx.layer, ctx.scale = stream, lease, layer, scale
+        return out, torch.empty_like(handle)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dhandle):
+        if do is None:  # the output is not part of the loss
+            return dhandle, *[None] * 8
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        keys, values = ctx.lease.storage()
+        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        dq, dk, dv = reference.sequence_backward(do, q, k, v, lse, delta, ctx.scale, cu_seqlens)
+        for start, stop in ctx.stream.read_ranges(ctx.layer):
+            dq = dq + reference.depth_backward_query(do, q, keys[start:stop], values[start:stop], lse, delta, ctx.scale)
+        ctx.lease.leave(ctx.layer, _Reader(q, do, lse, delta, ctx.scale))
+        return dhandle, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+class _Finish(torch.autograd.Function):
+    """Identity on x that makes the last handle part of the loss."""
+
+    @staticmethod
+    def forward(ctx, handle, x):
+        ctx.handle_shape = handle.shape
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dx):
+        return dx.new_zeros(ctx.handle_shape), dx

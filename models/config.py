@@ -1,0 +1,116 @@
+"""Shape and switches of a decoder: the `model` group of a run's configuration.
+
+In: fields typed by a user. Out: a validated `ModelConfig`; every error names the field, its value and the remedy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that the output product has aligned shapes
+NORMS = ("reordered", "pre", "post")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the field, its value and the remedy in one sentence."""
+
+
+@dataclass
+class ModelConfig:
+    """An OLMo 2 decoder (arXiv 2501.00656) with the depth attention of MoDA (arXiv 2603.15619) as switches."""
+
+    name: str = "model"  # label in logs and reports
+    num_layers: int = 36  # decoder blocks
+    hidden_size: int = 1024  # width of the residual stream
+    num_heads: int = 16  # query heads
+    num_kv_heads: int = 8  # key/value heads; query head h reads kv head h // (num_heads / num_kv_heads)
+    head_dim: int = 64  # width of one head
+    intermediate_size: int = 4096  # hidden width of SwiGLU
+    vocab_size: int | None = 100278  # ids of the tokenizer; null takes it from the data, rounded up to 128
+    tie_embeddings: bool = True  # output matrix = input embedding
+    bias: bool = False  # biases on every linear layer
+    norm: str = "reordered"  # reordered (OLMo 2): x + norm(f(x)); pre: x + f(norm(x)); post: norm(x + f(x))
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    qk_norm: bool = True  # RMSNorm over the full projected width of queries and of keys, before RoPE
+    value_norm: bool = False  # RMSNorm without weights over each head of V, for sequence and slots alike
+    rope_theta: float = 500_000.0  # base of the rotary frequencies
+    init_std: float = 0.02  # truncated normal, cut at three standard deviations
+    z_loss: float = 1e-5  # weight of mean(logsumexp(logits)^2)
+    depth_kv: bool = False  # layers read what earlier layers' attention wrote at the same token
+    ffn_kv_proj: bool = False  # the FFN's input, projected, is one more depth slot of each layer
+    ffn_kv_last_layer: bool = False  # the last layer has the (never read) FFN projection too, as in the paper's Table 6
+    attn_kv_proj: bool = False  # attention writes a projection of its input to its slot, instead of its own K and V
+    depth_recent_layers: int | None = None  # read only this many layers back (null: all); the paper's section 6.2
+    depth_first_layers: int = 0  # with depth_recent_layers: read the first layers as well
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: `vocab_size` rounded up to a multiple of 128."""
+        if self.vocab_size is None:
+            raise ConfigError("model.vocab_size=null has no value yet: it is taken from the data when a run starts.")
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per kv head (G)."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def slots_per_layer(self) -> int:
+        """Depth slots each layer writes: 0 (no depth), 1 (attention) or 2 (attention and FFN)."""
+        return int(self.depth_kv) + int(self.ffn_kv_proj)
+
+    def writes_ffn_slot(self, layer: int) -> bool:
+        """Whether `layer` projects its FFN input to a depth slot (the last one is never read)."""
+        return self.ffn_kv_proj and (layer < self.num_layers - 1 or self.ffn_kv_last_layer)
+
+    def writes_attention_projection(self, layer: int) -> bool:
+        """Whether `layer` has a separate projection for attention's depth slot (Table 3, row 5)."""
+        return self.attn_kv_proj and layer < self.num_layers - 1
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first field whose value cannot make a model."""
+        for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
+            self._require(getattr(self, name) >= 1, name, "use a positive integer")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            self._require(getattr(self, name) > 0, name, "use a positive number")
+        self._require(self.z_loss >= 0, "z_loss", "use 0 (off) or a positive weight such as 1e-5")
+        self._require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "use null or at least 2")
+        self._require(self.norm in NORMS, "norm", f"choose one of {', '.join(NORMS)}")
+        self._require(self.head_dim % 2 == 0, "head_dim", "use an even number: rotary embedding turns pairs")
+        self._require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            f"use a divisor of model.num_heads={self.num_heads}",
+        )
+        for name in ("ffn_kv_proj", "attn_kv_proj"):
+            self._require(
+                self.depth_kv or not getattr(self, name),
+                name,
+                f"needs model.depth_kv=true, or set model.{name}=false",
+            )
+        self._require(
+            self.depth_recent_layers is None or self.depth_recent_layers >= 1,
+            "depth_recent_layers",
+            "use null (all layers) or at least 1",
+        )
+        self._require(self.depth_first_layers >= 0, "depth_first_layers", "use 0 or more")
+
+    def _require(self, condition: bool, name: str, remedy: str) -> None:
+        if not condition:
+            raise ConfigError(f"model.{name}={_shown(getattr(self, name))} cannot be used: {remedy}.")
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names of all fields, in order."""
+        return [f.name for f in fields(cls)]
+
+
+def _shown(value: Any) -> str:
+    """A value as the configuration files write it."""
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, float)
+        else str(value)
+    )

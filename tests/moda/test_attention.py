@@ -1,0 +1,131 @@
+"""`moda.attention` against the definition in float64: outputs, log-sum-exp and all five gradients, to 1e-12."""
+
+import itertools
+
+import pytest
+import torch
+
+import moda
+from moda import reference
+
+
+def random_case(batch, time, kv_heads, group, head_dim, slots, dtype=torch.float64, spread=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    token_shapes = [(batch, time, kv_heads * group, head_dim)] + [(batch, time, kv_heads, head_dim)] * 2
+    shapes = token_shapes + [(slots, batch, time, kv_heads, head_dim)] * 2
+    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64).mul(spread).to(dtype) for s in shapes]
+    return [t.requires_grad_() for t in tensors]
+
+
+def gradients(out, inputs, do):
+    return torch.autograd.grad(out, inputs, do, allow_unused=True)
+
+
+# batch, time, kv_heads, group, head_dim, slots
+SHAPES = [
+    *itertools.product([1, 2], [1, 2, 65], [1, 3], [1, 4], [16], [0, 1, 7]),
+    (1, 127, 2, 32, 32, 3),
+    (4, 63, 1, 2, 64, 72),
+    (1, reference.QUERY_CHUNK + 3, 1, 2, 16, 2),
+    (2, 5, 2, 1, 128, 256),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients_equal_the_definition(shape):
+    inputs = random_case(*shape)
+    expected, expected_lse = reference.definition(*inputs)
+    out, lse = moda.attention(*inputs, return_lse=True)
+    do = torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lse, expected_lse.float(), rtol=1e-6, atol=1e-6)
+    for got, want in zip(gradients(out, inputs, do), gradients(expected, inputs, do), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_documents_do_not_see_each_other(slots):
+    inputs = random_case(2, 12, 2, 2, 16, slots)
+    cu_seqlens = torch.tensor([0, 1, 2, 9, 20, 24], dtype=torch.int32)  # documents of one token; one across the row end
+    expected, _ = reference.definition(*inputs, cu_seqlens=cu_seqlens)
+    out = moda.attention(*inputs, cu_seqlens=cu_seqlens)
+    do = torch.randn_like(out)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    for got, want in zip(gradients(out, inputs, do), gradients(expected, inputs, do), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-12)
+    changed = [t.detach().clone() for t in inputs]
+    changed[1][0, :2] += 1.0  # keys of the first two documents
+    unchanged = moda.attention(*changed, cu_seqlens=cu_seqlens)
+    assert torch.equal(unchanged[0, 2:], out[0, 2:])
+    assert torch.equal(unchanged[1], out[1])
+
+
+def test_large_logits_and_a_dominating_slot_stay_finite():
+    inputs = random_case(1, 9, 1, 2, 16, 3, dtype=torch.float32, spread=30.0)
+    with torch.no_grad():
+        inputs[3][1] *= 100
+    out = moda.attention(*inputs)
+    grads = gradients(out.sum(), inputs, None)  # a gradient of stride 0
+    assert all(torch.isfinite(t).all() for t in (out, *grads))
+
+
+def test_joint_probabilities_sum_to_one():
+    q, k, v, depth_k, depth_v = (t.detach() for t in random_case(2, 33, 2, 3, 16, 5))
+    out = moda.attention(q, k, torch.ones_like(v), depth_k, torch.ones_like(depth_v))
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+def test_the_scale_is_used_and_defaults_to_the_root_of_the_head_dim():
+    inputs = random_case(1, 6, 1, 1, 16, 2)
+    assert torch.equal(moda.attention(*inputs), moda.attention(*inputs, scale=0.25))
+    expected, _ = reference.definition(*inputs, scale=0.7)
+    torch.testing.assert_close(moda.attention(*inputs, scale=0.7), expected)
+
+
+def test_low_precision_inputs_are_computed_in_fp32():
+    inputs = random_case(1, 40, 2, 2, 32, 4, dtype=torch.bfloat16)
+    wide = [t.detach().double() for t in inputs]
+    out = moda.attention(*inputs)
+    expected, _ = reference.definition(*wide)
+    assert out.dtype == torch.bfloat16
+    assert (out.double() - expected).norm() / expected.norm() < 3e-3  # the rounding of the output
+
+
+def test_lse_is_not_differentiable():
+    out, lse = moda.attention(*random_case(1, 4, 1, 1, 16, 1), return_lse=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
+    assert lse.dtype == torch.float32
+
+
+def test_second_derivatives_are_refused_instead_of_wrong():
+    inputs = random_case(1, 4, 1, 1, 16, 1)
+    (dq,) = torch.autograd.grad(moda.attention(*inputs).square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+def tensor(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((tensor(1, 4, 2), tensor(1, 4, 2), tensor(1, 4, 2)), {}, "axes"),
+        ((tensor(1, 4, 3, 8), tensor(1, 4, 2, 8), tensor(1, 4, 2, 8)), {}, "multiple of the kv heads"),
+        ((tensor(1, 4, 2, 8), tensor(1, 5, 2, 8), tensor(1, 5, 2, 8)), {}, r"q \(1, 4, 2, 8\), k \(1, 5, 2, 8\)"),
+        ((tensor(1, 4, 2, 8), tensor(1, 4, 2, 8), tensor(1, 4, 1, 8)), {}, "one shape"),
+        ((tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8, dtype=torch.float64)] * 2), {}, "one floating dtype"),
+        ((*[tensor(1, 4, 2, 8)] * 3, tensor(2, 1, 4, 2, 8)), {}, "together"),
+        ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 5, 2, 8)] * 2), {}, r"depth_k \(2, 1, 5, 2, 8\)"),
+        ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 4, 2, 8, dtype=torch.float16)] * 2), {}, "dtype and device of k"),
+        ([tensor(1, 4, 2, 8)] * 3, {"backend": "fast"}, "backend='fast'"),
+        ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 3])}, r"batch \* time = 4"),
+        ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0.0, 4.0])}, "integers"),
+        ([tensor(1, 0, 2, 8)] * 3, {}, "no axis empty"),
+    ],
+)
+def test_arguments_that_do_not_fit_get_one_sentence(arguments, options, words):
+    with pytest.raises(ValueError, match=words):
+        moda.attention(*arguments, **options)

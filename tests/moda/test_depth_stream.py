@@ -1,0 +1,290 @@
+"""The depth stream against the plain definition in float64 (relative 1e-9): values, gradients, lifetimes, misuse."""
+
+import gc
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import moda
+from tests.moda.stack import Stack, assert_equal_gradients, loss_of, random_input
+
+BOUNDS = [{}, {"recent_layers": 2}, {"recent_layers": 1, "first_layers": 2}, {"recent_layers": 9, "first_layers": 1}]
+
+
+@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
+@pytest.mark.parametrize("slots_per_layer", [1, 2])
+def test_values_and_gradients_equal_the_definition(slots_per_layer, bounds):
+    stack, x = Stack(slots_per_layer=slots_per_layer, **bounds), random_input().requires_grad_()
+    out, expected = stack(x), stack.definition(x)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+    (dx,) = torch.autograd.grad(loss_of(out), x, retain_graph=True)
+    (dx_expected,) = torch.autograd.grad(loss_of(expected), x, retain_graph=True)
+    torch.testing.assert_close(dx, dx_expected, rtol=1e-9, atol=1e-11)
+    assert_equal_gradients(stack.gradients(loss_of(out)), stack.gradients(loss_of(expected)))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_activation_checkpointing_changes_no_gradient(every):
+    stack, x = Stack(), random_input()
+
+    def call(block, *args):
+        return checkpoint(block, *args, use_reentrant=False) if args[-1] % every == 0 else block(*args)
+
+    assert_equal_gradients(stack.gradients(loss_of(stack(x, call=call))), stack.gradients(loss_of(stack.definition(x))))
+
+
+def test_reentrant_checkpointing_is_refused():
+    stack = Stack(num_layers=2)
+
+    def call(block, *args):
+        return checkpoint(block, *args, use_reentrant=True)
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        stack(random_input(), call=call)
+
+
+def test_gradients_accumulate_over_micro_batches():
+    stack, xs = Stack(), [random_input(seed=i) for i in range(3)]
+    for x in xs:
+        loss_of(stack(x)).backward()
+    expected = stack.gradients(sum(loss_of(stack.definition(x)) for x in xs))
+    assert_equal_gradients([p.grad for p in stack.parameters()], expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_live_forwards_of_one_stream_do_not_mix(order):
+    stack, xs = Stack(), [random_input(seed=1), random_input(seed=2)]
+    stream = stack.stream(xs[0])
+    losses = [loss_of(stack(x, stream)) for x in xs]
+    for i in order:
+        assert_equal_gradients(stack.gradients(losses[i]), stack.gradients(loss_of(stack.definition(xs[i]))))
+
+
+def test_interleaved_backwards_of_two_retained_graphs_do_not_mix():
+    stack, xs = Stack(), [random_input(seed=1), random_input(seed=2)]
+    losses = [loss_of(stack(x)) for x in xs]
+    for i in (0, 1, 0, 1):
+        got = stack.gradients(losses[i], retain_graph=True)
+        assert_equal_gradients(got, stack.gradients(loss_of(stack.definition(xs[i]))))
+
+
+def test_evaluation_between_forward_and_backward_changes_nothing():
+    stack, x, other = Stack(), random_input(), random_input(seed=5)
+    stream = stack.stream(x)
+    loss = loss_of(stack(x, stream))
+    with torch.no_grad():
+        torch.testing.assert_close(stack(other, stream), stack.definition(other))
+    assert_equal_gradients(stack.gradients(loss), stack.gradients(loss_of(stack.definition(x))))
+
+
+def test_backward_twice_through_a_retained_graph_gives_the_same_bits():
+    stack, x = Stack(), random_input()
+    loss = loss_of(stack(x))
+    first = stack.gradients(loss, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, stack.gradients(loss), strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("how", ["grad", "backward"])
+@pytest.mark.parametrize("stop", [1, 3, 6])
+def test_a_loss_at_an_early_layer_ignores_what_a_full_backward_left(stop, how):
+    stack, x = Stack(), random_input()
+    early = []
+
+    def call(block, *args):
+        x, handle = block(*args)
+        if args[-1] + 1 == stop:
+            early.append(x)
+        return x, handle
+
+    full = loss_of(stack(x, call=call))
+    if how == "grad":
+        stack.gradients(full, retain_graph=True)
+    else:
+        full.backward(retain_graph=True)
+    got = stack.gradients(loss_of(early[0]))
+    assert_equal_gradients(got, stack.gradients(loss_of(stack.definition(x, stop=stop))))
+
+
+def test_a_pass_left_before_finish_has_the_gradients_of_what_it_used():
+    stack, x = Stack(), random_input()
+    got = stack.gradients(loss_of(stack(x, stop=4)))
+    assert_equal_gradients(got, stack.gradients(loss_of(stack.definition(x, stop=4))))
+
+
+def test_gradients_of_a_part_of_the_parameters_are_exact():
+    stack, x = Stack(), random_input()
+    for index in (0, 3, 5):
+        weight = stack.layers[index].slot.weight
+        (got,) = torch.autograd.grad(loss_of(stack(x)), weight)
+        (want,) = torch.autograd.grad(loss_of(stack.definition(x)), weight, allow_unused=True)
+        torch.testing.assert_close(got, torch.zeros_like(weight) if want is None else want, rtol=1e-9, atol=1e-11)
+
+
+def test_a_slot_that_nobody_reads_gives_zeros_so_that_its_weight_has_optimizer_state():
+    stack = Stack()
+    loss_of(stack(random_input())).backward()
+    last = stack.layers[-1].slot.weight
+    assert last.grad is not None
+    assert torch.count_nonzero(last.grad) == 0
+
+
+def test_only_a_pass_without_finish_leaves_the_last_slot_without_gradient():
+    stack = Stack()
+    loss_of(stack(random_input(), stop=6)).backward()
+    assert stack.layers[-1].slot.weight.grad is None
+
+
+def test_frozen_layers_below_trained_ones_work():
+    stack, x = Stack(), random_input()
+    for parameter in stack.layers[:3].parameters():
+        parameter.requires_grad_(False)
+    trained = [p for p in stack.parameters() if p.requires_grad]
+    got = torch.autograd.grad(loss_of(stack(x)), trained)
+    want = torch.autograd.grad(loss_of(stack.definition(x)), trained, allow_unused=True)
+    assert_equal_gradients(got, [torch.zeros_like(p) if g is None else g for p, g in zip(trained, want, strict=True)])
+
+
+def kept_bytes(num_layers):
+    """Bytes that a forward pass and its backward keep: distinct storages saved by autograd, and the stream's own."""
+    stack, x = Stack(num_layers), random_input(time=32)
+    stream, storages, peak = stack.stream(x), {}, [0]
+    weights = {p.untyped_storage().data_ptr() for p in stack.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = stack(x, stream)
+    slots = stream.nbytes
+    out.register_hook(lambda g: peak.__setitem__(0, stream.nbytes))
+    first = stack.layers[0].kv.weight  # its gradient is nearly the last: all readers have left what they leave
+    first.register_hook(lambda g: peak.__setitem__(0, stream.nbytes))
+    loss_of(out).backward()
+    assert peak[0] > slots
+    return sum(storages.values()) + peak[0]
+
+
+def test_memory_kept_for_backward_grows_linearly_with_depth():
+    at_6, at_12, at_24 = (kept_bytes(n) for n in (6, 12, 24))
+    assert at_12 / at_6 <= 2.1
+    assert at_24 / at_12 <= 2.1
+
+
+def test_no_operator_returns_a_gradient_for_another_layers_slot():
+    stack = Stack()
+    out = stack(random_input())
+    nodes, todo = set(), [out.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in nodes:
+            nodes.add(node)
+            todo += [following for following, _ in node.next_functions]
+    reads = [n for n in nodes if type(n).__name__ == "_AttendBackward"]
+    assert len(reads) == 6
+    for node in reads:  # handle, q, k, v: k and v come from the layer's own write
+        own = {type(n).__name__ for n, _ in node.next_functions if n is not None}
+        writes = {n for n, _ in node.next_functions if type(n).__name__ == "_WriteBackward"}
+        assert own <= {"_WriteBackward", "UnsafeViewBackward0", "ViewBackward0"}
+        assert len(writes) == 1
+        assert len([n for n, _ in node.next_functions if n is not None]) == 4
+
+
+def test_storage_is_freed_by_backward_even_while_the_loss_is_held():
+    stack, x = Stack(), random_input()
+    stream = stack.stream(x)
+    loss = loss_of(stack(x, stream))
+    assert stream.nbytes > 0
+    loss.backward()
+    assert stream.nbytes == 0
+    assert loss.grad_fn is not None
+
+
+def test_storage_is_freed_with_a_graph_that_is_never_gone_through():
+    stack, x = Stack(), random_input()
+    stream = stack.stream(x)
+    out = stack(x, stream)
+    assert stream.nbytes > 0
+    del out
+    gc.collect()
+    assert stream.nbytes == 0
+
+
+def test_without_gradients_only_slots_are_kept_and_finish_frees_them():
+    stack, x = Stack(), random_input()
+    stream, seen = stack.stream(x), []
+    with torch.no_grad():
+        handle = stream.start()
+        for layer, block in enumerate(stack.layers):
+            x, handle = block(x, handle, stream, layer)
+            seen.append(stream.nbytes)
+        assert not stream.finish(handle, x).requires_grad
+    batch, time, kv_heads, head_dim = stream.slot_shape
+    assert set(seen) == {2 * 12 * batch * time * kv_heads * head_dim * 8}
+    assert stream.nbytes == 0
+
+
+def test_a_stale_handle_is_refused():
+    stack, x = Stack(num_layers=2), random_input()
+    stream = stack.stream(x)
+    with torch.no_grad():
+        handle = stream.start()
+        out, handle = stack.layers[0](x, handle, stream, 0)
+        stream.finish(handle, out)
+        with pytest.raises(RuntimeError, match="has ended"):
+            stack.layers[1](out, handle, stream, 1)
+
+
+def test_a_pass_keeps_the_gradient_mode_it_was_started_in():
+    stack, x = Stack(num_layers=2), random_input()
+    stream = stack.stream(x)
+    with torch.no_grad():
+        handle = stream.start()
+    with pytest.raises(RuntimeError, match="gradients off and continued with them on"):
+        stack.layers[0](x, handle, stream, 0)
+
+
+def test_reading_a_slot_that_nothing_has_written_is_refused():
+    stack, x = Stack(num_layers=3), random_input()
+    stream = stack.stream(x)
+    handle = stream.start()
+    _, handle = stack.layers[0](x, handle, stream, 0)
+    with pytest.raises(RuntimeError, match="Layer 2 reads slot 0 of layer 1"):
+        stack.layers[2](x, handle, stream, 2)
+
+
+SLOT = torch.zeros(1, 4, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("layer", "slot", "k", "v", "words"),
+    [
+        (3, 0, SLOT, SLOT, "layer=3"),
+        (0, 2, SLOT, SLOT, "slot=2"),
+        (0, 0, SLOT[:, :3], SLOT[:, :3], r"\(1, 3, 2, 8\)"),
+        (0, 0, SLOT.double(), SLOT, "float64"),
+    ],
+)
+def test_writes_that_do_not_fit_get_one_sentence(layer, slot, k, v, words):
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match=words):
+        stream.write(stream.start(), layer, slot, k, v)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_layers": 0}, "num_layers=0"),
+        ({"slots_per_layer": 0}, "slots_per_layer=0"),
+        ({"recent_layers": 0}, "recent_layers=0"),
+        ({"first_layers": -1}, "first_layers=-1"),
+    ],
+)
+def test_a_stream_that_cannot_be_made_names_the_argument(change, words):
+    arguments = {"num_layers": 3, "batch": 1, "time": 4, "num_kv_heads": 2, "head_dim": 8, "slots_per_layer": 1}
+    with pytest.raises(ValueError, match=words):
+        moda.DepthStream(**{**arguments, **change}, dtype=torch.float32, device="cpu")
