@@ -109,8 +109,6 @@ class ModelConfig:
 
 def _shown(value: Any) -> str:
     """A value as the configuration files write it."""
-    return (
-        {None: "null", True: "true", False: "false"}.get(value, str(value))
-        if not isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)

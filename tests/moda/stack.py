@@ -1,4 +1,4 @@
-"""A small stack of layers with depth, once through `DepthStream` and once by the definition, for comparing gradients."""
+"""A small stack of layers with depth, once through `DepthStream` and once by the definition, to compare gradients."""
 
 import torch
 from torch import nn

@@ -1,0 +1,175 @@
+"""The decoder against transformers' OLMo 2 and against a stream that leaves everything to autograd."""
+
+import pytest
+import torch
+
+import moda
+import models.decoder
+from moda import reference
+from models.config import ConfigError, ModelConfig
+from models.decoder import Decoder, Loss
+from models.initialization import initialize
+
+
+def small(**fields) -> ModelConfig:
+    shape = {"num_layers": 3, "hidden_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    return ModelConfig(**{**shape, "intermediate_size": 48, "vocab_size": 100, **fields})
+
+
+def build(config: ModelConfig, dtype=torch.float64) -> Decoder:
+    model = Decoder(config).to(dtype)
+    initialize(model, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # norms and biases away from 1 and 0, logits away from 0
+            if name.endswith(("norm.weight", "bias")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+            else:
+                parameter.mul_(4.0)
+    return model
+
+
+def tokens(batch=2, time=11, seed=0):
+    ids = torch.randint(0, 100, (batch, time + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1], ids[:, 1:]
+
+
+class PlainStream:
+    """`moda.DepthStream` by definition: lists of K and V, one softmax over all, gradients by autograd."""
+
+    def __init__(self, num_layers, batch, time, num_kv_heads, head_dim, *, slots_per_layer, dtype, device, **bounds):
+        self.slots = [[] for _ in range(num_layers)]
+        self.recent, self.first = bounds["recent_layers"], bounds["first_layers"]
+
+    def start(self):
+        return torch.zeros(())
+
+    def write(self, handle, layer, slot, k, v):
+        self.slots[layer].append((k, v))
+        return k, v, handle
+
+    def attend(self, handle, layer, q, k, v, *, scale=None, cu_seqlens=None, backend="auto"):
+        visible = [i for i in range(layer) if self.recent is None or layer - i <= self.recent or i < self.first]
+        read = [pair for i in visible for pair in self.slots[i]]
+        depth = [torch.stack(t) for t in zip(*read, strict=True)] if read else []
+        return reference.definition(q, k, v, *depth, scale=scale, cu_seqlens=cu_seqlens)[0], handle
+
+    def finish(self, handle, x):
+        return x
+
+
+VARIANTS = [
+    {"norm": norm, "depth_kv": True, "ffn_kv_proj": ffn, "attn_kv_proj": attn}
+    for norm in ("reordered", "pre", "post")
+    for ffn, attn in ((False, False), (True, False), (True, True))
+] + [
+    {"depth_kv": True, "ffn_kv_proj": True, "value_norm": True, "tie_embeddings": False},
+    {"depth_kv": True, "ffn_kv_proj": True, "ffn_kv_last_layer": True, "qk_norm": False, "bias": True},
+    {"depth_kv": True, "num_layers": 5, "depth_recent_layers": 1, "depth_first_layers": 1},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=lambda f: ",".join(f"{k}={v}" for k, v in f.items()))
+def test_loss_and_gradients_equal_the_plain_definition_in_float64(fields, monkeypatch):
+    model, (ids, targets) = build(small(**fields)), tokens()
+    loss = sum(model(ids, targets))
+    loss.backward()
+    got = {name: p.grad for name, p in model.named_parameters()}
+    assert all(g is not None for g in got.values()), "a parameter without gradient has no optimizer state"
+    model.zero_grad()
+    monkeypatch.setattr(moda, "DepthStream", PlainStream)
+    expected = sum(model(ids, targets))
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)  # logits are fp32
+    for name, parameter in model.named_parameters():
+        want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        error = (got[name] - want).norm() / want.norm().clamp_min(1e-6)
+        assert error < 1e-5, f"{name}: {error:.1e}"
+
+
+def hugging_face_pair(**fields):
+    transformers = pytest.importorskip("transformers")
+    from models.huggingface import to_hugging_face
+
+    config = small(norm="reordered", **fields)
+    model = build(config, torch.float32)
+    hf_config, state = to_hugging_face(model, sequence_length=64)
+    hf = transformers.Olmo2ForCausalLM(hf_config)
+    hf.load_state_dict(state)
+    return model, hf
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"tie_embeddings": False}, {"num_kv_heads": 4}, {"head_dim": 8, "num_heads": 4, "num_kv_heads": 1}]
+)
+def test_logits_equal_those_of_transformers_olmo2(fields):
+    model, hf = hugging_face_pair(**fields)
+    ids, _ = tokens(time=40)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), hf(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_loss_is_cross_entropy_and_z_loss():
+    model, (ids, targets) = build(small(z_loss=1e-3)), tokens()
+    logits = model(ids)
+    loss = model(ids, targets)
+    assert isinstance(loss, Loss)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss.cross_entropy, expected)
+    torch.testing.assert_close(loss.z_loss, 1e-3 * logits.logsumexp(-1).square().mean())
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_token_depends_on_no_later_one(depth):
+    model, (ids, _) = build(small(depth_kv=depth, ffn_kv_proj=depth)), tokens()
+    changed = ids.clone()
+    changed[:, 6:] = (changed[:, 6:] + 1) % 100
+    assert torch.equal(model(ids)[:, :6], model(changed)[:, :6])
+    assert not torch.equal(model(ids)[:, 6:], model(changed)[:, 6:])
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_document_gives_the_same_logits_alone_and_among_others(depth):
+    model, (ids, _) = build(small(depth_kv=depth, ffn_kv_proj=depth)), tokens(batch=2, time=12)
+    packed = model(ids, cu_seqlens=torch.tensor([0, 5, 12, 13, 24]))
+    torch.testing.assert_close(packed[0, 5:], model(ids[:1, 5:])[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed[1, 1:], model(ids[1:, 1:])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_depth_scores_do_not_depend_on_position(monkeypatch):
+    """Keys in slots carry the rotation of their own position, which is the query's: it must cancel."""
+    model, (ids, _) = build(small(depth_kv=True, ffn_kv_proj=True, attn_kv_proj=True)), tokens()
+    expected = model(ids)
+    monkeypatch.setattr(models.decoder, "_positions", lambda ids, _: torch.arange(ids.shape[1])[None] + 57)
+    torch.testing.assert_close(model(ids), expected, rtol=1e-4, atol=1e-5)  # the tables are fp32
+
+
+def test_initial_values_do_not_depend_on_other_modules():
+    plain, deep = Decoder(small()), Decoder(small(depth_kv=True, ffn_kv_proj=True))
+    initialize(plain, 3)
+    initialize(deep, 3)
+    deep_parameters = dict(deep.named_parameters())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, deep_parameters[name]), name
+    weight = plain.blocks[0].ffn.gate_up_proj.weight
+    assert 0.015 < weight.std() < 0.02
+    assert weight.abs().max() <= 0.06
+    before = weight.clone()
+    initialize(plain, 4)
+    assert not torch.equal(before, weight)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_heads": 5}, "model.num_kv_heads=2"),
+        ({"norm": "after"}, "model.norm=after"),
+        ({"head_dim": 7}, "model.head_dim=7"),
+        ({"ffn_kv_proj": True}, "model.depth_kv=true"),
+        ({"num_layers": 0}, "model.num_layers=0"),
+        ({"vocab_size": None}, "model.vocab_size=null"),
+        ({"depth_kv": True, "depth_recent_layers": 0}, "model.depth_recent_layers=0"),
+    ],
+)
+def test_a_shape_that_cannot_work_is_named(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        Decoder(small(**fields))
