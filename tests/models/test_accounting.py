@@ -1,0 +1,137 @@
+"""Counts against the tables of the paper (arXiv 2603.15619, Tables 3 and 6) and against a real forward pass."""
+
+import pytest
+import torch
+
+from models.accounting import count_parameters, describe, forward_flops, memory, peak_flops, slots_read
+from models.config import ModelConfig
+from models.decoder import Decoder
+
+STUDY = {
+    "hidden_size": 384,
+    "num_heads": 6,
+    "num_kv_heads": 2,
+    "intermediate_size": 1536,
+    "vocab_size": 50304,
+    "bias": True,
+    "qk_norm": False,
+    "ffn_kv_last_layer": True,
+}
+DEPTH = {"depth_kv": True}
+FFN = {"depth_kv": True, "ffn_kv_proj": True}
+ATTENTION = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
+
+
+# Table 3: parameters in millions, forward TFLOP of one 4096-token sequence
+@pytest.mark.parametrize(
+    ("fields", "millions", "teraflops"),
+    [
+        ({"num_layers": 36}, 669.0, 8.01),
+        ({"num_layers": 38}, 700.5, 8.41),
+        ({"num_layers": 36, **DEPTH}, 669.0, 8.02),
+        ({"num_layers": 36, **FFN}, 705.7, 8.33),
+        ({"num_layers": 36, **ATTENTION}, 742.4, 8.63),
+    ],
+)
+def test_table_3(fields, millions, teraflops):
+    config = ModelConfig(**fields)
+    assert count_parameters(config).total / 1e6 == pytest.approx(millions, abs=0.1)
+    assert forward_flops(config, 4096).full / 1e12 == pytest.approx(teraflops, rel=0.01)
+
+
+# Table 6: parameters in millions
+@pytest.mark.parametrize(
+    ("layers", "fields", "millions"),
+    [
+        (48, {}, 123.38),
+        (48, DEPTH, 123.38),
+        (48, FFN, 128.11),
+        (24, {}, 71.35),
+        (24, DEPTH, 71.35),
+        (24, FFN, 73.72),
+    ],
+)
+def test_table_6(layers, fields, millions):
+    config = ModelConfig(num_layers=layers, **STUDY, **fields)
+    assert count_parameters(config).total / 1e6 == pytest.approx(millions, abs=0.02)
+
+
+def test_slots_read_follow_the_layers_and_their_bounds():
+    assert slots_read(ModelConfig(num_layers=36)) == 0
+    assert slots_read(ModelConfig(num_layers=36, **DEPTH)) == 36 * 35 // 2
+    assert slots_read(ModelConfig(num_layers=36, **FFN)) == 36 * 35
+    assert (
+        slots_read(ModelConfig(num_layers=5, depth_recent_layers=1, depth_first_layers=1, **DEPTH)) == 1 + 2 * 3 + 1 - 1
+    )
+
+
+def small(**fields):
+    shape = {"num_layers": 4, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+    return ModelConfig(**{**shape, "intermediate_size": 128, "vocab_size": 250, **fields})
+
+
+@pytest.mark.parametrize("fields", [{}, FFN, {"tie_embeddings": False}], ids=str)
+def test_matmul_operations_equal_those_that_run(fields):
+    """torch counts every matrix product of a real forward pass; attention's own are subtracted by the causal count."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = small(**fields)
+    model, ids = Decoder(config), torch.zeros(1, 32, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids)
+    expected = forward_flops(config, 32)
+    padding = 2 * 32 * (config.padded_vocab_size - config.vocab_size) * config.hidden_size
+    # The reference computes whole rows of the square for one chunk of queries.
+    assert counter.get_total_flops() == expected.matmul + expected.attention_full + expected.depth + padding
+
+
+@pytest.mark.parametrize("fields", [{}, FFN], ids=str)
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing):
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    config = small(**fields)
+    model, ids, kept = Decoder(config), torch.zeros(2, 32, dtype=torch.long), {}
+    if checkpointing == "full":
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    held = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(ids, ids)
+    estimate = memory(config, 2, 32, compute_dtype=torch.float32, activation_checkpointing=checkpointing)
+    slots = 2 * 4 * config.slots_per_layer * 2 * 32 * config.num_kv_heads * config.head_dim * 4
+    outside_autograd = slots if checkpointing == "full" else 0  # the stream's slots, which no checkpoint drops
+    assert estimate.activations == sum(kept.values()) + outside_autograd
+
+
+def test_memory_is_sharded_and_checkpointing_saves_activations():
+    config = small(**FFN)
+    one, two = (memory(config, 2, 32, world_size=n) for n in (1, 2))
+    assert one.optimizer == pytest.approx(2 * two.optimizer, rel=1e-3)
+    assert one.activations == two.activations
+    assert memory(config, 2, 32, activation_checkpointing="full").activations < one.activations / 2
+
+
+def test_peak_is_known_for_named_devices_and_none_for_others():
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA GeForce RTX 2080") is None
+
+
+def test_the_table_shows_the_counts():
+    config = ModelConfig(**FFN)
+    text = describe(config, 4096, memory(small(**FFN), 1, 16))
+    for words in ("705.7", "36.7", "1,260 slots", "8.275 TFLOP full"):
+        assert words in text, text
