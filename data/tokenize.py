@@ -1,0 +1,213 @@
+"""From texts to token shards: which tokenizer, how it is called, how a split is written.
+
+In: a tokenizer (a file, a folder, a hub id, or one trained here) and documents with their position in the source. Out:
+a finished token dataset (`data.shards`).
+
+Documents are encoded without special tokens, and the *names* of special tokens inside a text are plain text: a document
+that speaks of "<|endoftext|>" does not contain one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from data.progress import progress_bar
+from data.shards import TOKENIZER_NAME, DataError, Manifest, ShardWriter
+
+KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+TRAINED_EOS = "<|endoftext|>"
+MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
+TRAINING_BYTES = 64_000_000  # text a tokenizer is trained on, from the start of the training split
+BATCH_CHARACTERS = 4_000_000  # text encoded at once: enough for all cores, little memory
+BATCH_DOCUMENTS = 8192
+
+
+@dataclass
+class Documents:
+    """The texts of a split, to be read once."""
+
+    items: Iterable[tuple[str, int]]  # text, and how far into the source it ends, in `unit`
+    total: int | None  # size of the source in `unit`, None when unknown
+    unit: str  # "B": compressed bytes; "doc": documents
+
+
+class TextTokenizer:
+    """A `tokenizers` tokenizer set up for pretraining data: its file, its EOS, and nothing added to a text."""
+
+    def __init__(self, content: bytes, name: str, eos_token: str) -> None:
+        self.content = content  # of tokenizer.json, kept as it came
+        self.name = name
+        self._tokenizer = Tokenizer.from_str(content.decode())
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.eos_token = eos_token
+        eos_id = self._tokenizer.token_to_id(eos_token)
+        if eos_id is None:
+            raise DataError(
+                f"eos_token={eos_token} is not in the vocabulary of tokenizer={name}: name a token that is."
+            )
+        self.eos_id = eos_id
+        self._tokenizer.add_special_tokens([eos_token])  # in the vocabulary already; from now on marked as special
+        self._tokenizer.encode_special_tokens = True  # special tokens in a text are spelled out like any other word
+        self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """The manifest's `tokenizer` entry."""
+        return {"name": self.name, "sha256": hashlib.sha256(self.content).hexdigest()}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, no EOS. Uses all cores."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def load_tokenizer(spec: str, eos_token: str | None) -> TextTokenizer:
+    """A tokenizer from a `tokenizers` JSON file, from a folder with tokenizer.json, or from the Hugging Face hub.
+
+    The EOS is `eos_token`, else what tokenizer_config.json beside the tokenizer says, else the first of `KNOWN_EOS` in
+    the vocabulary. Raises `DataError` when there is no such tokenizer, when it cannot be read, or when no EOS is known.
+    """
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        file, config = path / TOKENIZER_NAME, path / "tokenizer_config.json"
+        if not file.exists():
+            raise DataError(f"tokenizer={spec} has no {TOKENIZER_NAME}: give a folder or file of a fast tokenizer.")
+    elif path.is_file():
+        file, config = path, path.with_name("tokenizer_config.json")
+    elif path.suffix == ".json" or spec.startswith(("/", ".", "~")) or spec.count("/") > 1:
+        raise DataError(f"tokenizer={spec} does not exist: give a file, a folder with {TOKENIZER_NAME} or a hub id.")
+    else:
+        file, config = _from_hub(spec)
+    try:
+        content = file.read_bytes()
+        tokenizer = Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(f"tokenizer={spec} is not a tokenizer file of the tokenizers library ({error}).") from error
+    if eos_token is None:
+        stated = _stated_eos(config)
+        candidates = [stated] if stated else list(KNOWN_EOS)
+        eos_token = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
+        if eos_token is None:
+            raise DataError(
+                f"tokenizer={spec} has no known end-of-text token ({', '.join(candidates)}): name it with eos_token=..."
+            )
+    return TextTokenizer(content, spec if file != path else path.name, eos_token)
+
+
+def _stated_eos(config: Path) -> str | None:
+    """The `eos_token` of a tokenizer_config.json, which may be a string, an object with `content`, or absent."""
+    try:
+        stated = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
+    except ValueError as error:
+        raise DataError(f"{config} is not JSON ({error}).") from error
+    return stated.get("content") if isinstance(stated, dict) else stated
+
+
+def _from_hub(name: str) -> tuple[Path, Path]:
+    """tokenizer.json and tokenizer_config.json (perhaps missing) of a hub repository, from its cache where possible."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = Path(hf_hub_download(name, TOKENIZER_NAME))
+    except Exception as error:  # offline, unknown, private, gated: the library has an exception for each
+        raise DataError(
+            f"tokenizer={name} is no file here and could not be had from the Hugging Face hub "
+            f"({type(error).__name__}): check the name and the network, or give the path of a tokenizer.json."
+        ) from error
+    try:
+        return file, Path(hf_hub_download(name, "tokenizer_config.json"))
+    except Exception:
+        return file, file.with_name("tokenizer_config.json")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
+    """A byte-level BPE of `vocab_size` ids, EOS `<|endoftext|>` among them, trained on the first 64 MB of `texts`.
+
+    The same texts give the same file. Raises `DataError` when `vocab_size` is too small for the bytes or too large for
+    the texts.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(f"tokenizer_vocab_size={vocab_size} is too small: use at least {MIN_VOCAB_SIZE}.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[TRAINED_EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_first_bytes(texts), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise DataError(
+            f"tokenizer_vocab_size={vocab_size} is too large for this text, which gives "
+            f"{tokenizer.get_vocab_size()} tokens: use at most that."
+        )
+    return TextTokenizer(tokenizer.to_str().encode(), f"trained-{vocab_size}", TRAINED_EOS)
+
+
+def _first_bytes(texts: Iterable[str]) -> Iterator[str]:
+    left = TRAINING_BYTES
+    for text in texts:
+        yield text
+        left -= len(text.encode())
+        if left <= 0:
+            return
+
+
+def tokenize_split(
+    documents: Documents,
+    tokenizer: TextTokenizer,
+    folder: Path,
+    *,
+    tokens_per_file: int,
+    preparation: dict[str, Any],
+    label: str,
+) -> Manifest:
+    """Encode `documents` into the token dataset `folder`, with a progress bar named `label`; returns its manifest.
+
+    One thread reads ahead while all cores encode; memory holds a few batches whatever the size of the source. Texts
+    without a character are passed over. Raises `DataError` for broken input; `folder` then has no manifest.
+    """
+    begun = time.monotonic()
+    bar = progress_bar(label, documents.total, documents.unit)
+    writer = ShardWriter(
+        folder, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokens_per_file=tokens_per_file
+    )
+    batches = _batches(documents.items)
+    with bar, writer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
+        ahead = reader.submit(next, batches, None)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(next, batches, None)
+            texts, text_bytes, position = batch
+            writer.write(tokenizer.encode(texts), text_bytes)
+            speed = writer.tokens / max(time.monotonic() - begun, 1e-9)
+            bar.set_postfix_str(f"{speed / 1e6:.2f} M tokens/s", refresh=False)
+            bar.update(position - bar.n)
+        return writer.finish(tokenizer=tokenizer.identity, preparation=preparation)
+
+
+def _batches(items: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int, int]]:
+    """Groups of texts with their UTF-8 bytes together and the source position after the last."""
+    texts: list[str] = []
+    characters = text_bytes = position = 0
+    for text, position in items:
+        if not text:
+            continue
+        texts.append(text)
+        characters += len(text)
+        text_bytes += len(text) if text.isascii() else len(text.encode())
+        if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
+            yield texts, text_bytes, position
+            texts, characters, text_bytes = [], 0, 0
+    if texts:
+        yield texts, text_bytes, position

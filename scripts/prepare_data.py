@@ -1,0 +1,151 @@
+"""Text to token shards, for example
+
+    python scripts/prepare_data.py source=c4_files source.path=DIR tokenizer=PATH_OR_ID output=SHARDS
+
+In: a source (`source=c4_files`, `datasets` or `embedded`, see configs/source/) and a tokenizer (a file, a folder, a hub
+id, or `train`). Out: `output/train`, `output/validation/DOMAIN` and `output/tokenizer.json`, which
+`train.py data.path=output` reads. An interrupted command is continued by running it again. `--cfg job` prints the
+configuration and stops.
+
+A mistake of the user is one sentence on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.prepare import TokenizerRequest, prepare, summary
+from data.shards import DataError
+from data.sources import C4Files, Embedded, HuggingFaceDataset, Source
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SOURCES: dict[str, type[Source]] = {"c4_files": C4Files, "datasets": HuggingFaceDataset, "embedded": Embedded}
+
+
+@dataclass
+class PrepareConfig:
+    """Types of configs/prepare_data.yaml; the `source` group has those of its class in `data.sources`."""
+
+    source: Any = MISSING
+    output: str = MISSING
+    tokenizer: str = MISSING
+    tokenizer_vocab_size: int = MISSING
+    eos_token: str | None = None
+    tokens_per_file: int = MISSING
+
+
+def load_config(overrides: list[str]) -> DictConfig:
+    """Compose and check the configuration; its `source` node has the class of the chosen source as type.
+
+    Raises `DataError` with one sentence for any mistake in `overrides`.
+    """
+    given = dict(_parse(override) for override in overrides)
+    kind = given.pop("source", None)
+    if kind not in SOURCES:
+        root = [field.name for field in fields(PrepareConfig)]
+        _check_known([key for key in given if not key.startswith("source.")], root)
+        what = "source is not set" if kind is None else f"source={kind} is not a source"
+        raise DataError(f"{what}: choose source={', source='.join(SOURCES)}.")
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        _check_known(list(given), list(_values(compose("prepare_data", [f"source={kind}"]))))
+        config = compose("prepare_data", overrides)
+    for key, value in _values(config).items():
+        if value == "???":
+            raise DataError(f"{key} is not set: add {key}=... to the command.")
+    schema = OmegaConf.structured(PrepareConfig)
+    schema.source = OmegaConf.structured(SOURCES[kind])
+    try:
+        typed = OmegaConf.merge(schema, config)
+        OmegaConf.resolve(typed)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{error.full_key}={given.get(str(error.full_key))} cannot be used: {reason}.") from error
+    assert isinstance(typed, DictConfig)
+    return typed
+
+
+def _parse(override: str) -> tuple[str, Any]:
+    """Key and value of one `key=value`, by Hydra's own grammar."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise DataError(f"{override} is not an override: write key=value.")
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        if parsed.is_sweep_override():
+            raise DataError(f"{override} is several values: give one, in quotes if it contains a comma.")
+        return key, parsed.value()
+    except HydraException as error:
+        raise DataError(f"{override} cannot be parsed: quote the value, as in '{key}=\"{value}\"'.") from error
+
+
+def _check_known(keys: list[str], known: list[str]) -> None:
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise DataError(f"{key} is not a key of this configuration: the nearest is {nearest}.")
+
+
+def _values(config: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and their values as written, interpolations not resolved."""
+    values: dict[str, Any] = {}
+    for key in config:
+        name, node = prefix + str(key), config._get_node(key)
+        if isinstance(node, DictConfig):
+            values |= _values(node, f"{name}.")
+        else:
+            assert isinstance(node, Node)
+            values[name] = node._value()
+    return values
+
+
+def run(config: DictConfig) -> None:
+    """Prepare what `config` asks for and say what to do with it."""
+    source: Source = OmegaConf.to_object(config.source)  # type: ignore[assignment]  # the dataclass that is its type
+    request = TokenizerRequest(config.tokenizer, config.tokenizer_vocab_size, config.eos_token)
+    manifests = prepare(source, request, Path(config.output).expanduser(), tokens_per_file=config.tokens_per_file)
+    print(f"\n{config.output} is ready (tokenizer {manifests['train'].tokenizer['name']}):")
+    for name, manifest in manifests.items():
+        print(f"  {name}: {summary(manifest)}")
+    if len(manifests) == 1:
+        print("  no validation text was given, so runs on this data have no validation loss")
+    print(f"Train on it with: python train.py model=moda_tiny data.path={config.output}")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit status: 0 done, 2 a mistake of the user or bad data, 130 interrupted."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        print((CONFIGS / "prepare_data.yaml").read_text(encoding="utf-8"))
+        for kind in SOURCES:
+            print(f"source={kind}:\n{(CONFIGS / 'source' / f'{kind}.yaml').read_text(encoding='utf-8')}")
+        return 0
+    show = "--cfg" in arguments
+    try:
+        config = load_config([argument for argument in arguments if not show or argument not in ("--cfg", "job")])
+        if show:
+            print(OmegaConf.to_yaml(config), end="")
+        else:
+            run(config)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,113 @@
+"""The command line: what a user types, what a user mistypes, what is left on disk."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from data.shards import TokenDataset, read_manifest, validation_domains
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data_script", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    folder = tmp_path / "text"
+    (folder / "validation").mkdir(parents=True)
+    for path, count in [(folder / "a.json.gz", 50), (folder / "validation" / "books.json.gz", 5)]:
+        with gzip.open(path, "wt") as file:
+            for i in range(count):
+                file.write(json.dumps({"text": f"Text {i} of {path.name}, the quick brown fox and {i * i}"}) + "\n")
+    return folder
+
+
+def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "source=c4_files", f"source.path={text}", "tokenizer=train"]
+    work = tmp_path / "work"
+    work.mkdir()
+    done = subprocess.run(
+        [*command, "tokenizer_vocab_size=300", "output=shards"], cwd=work, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in work.iterdir()] == ["shards"]
+    assert sorted(path.name for path in (work / "shards").iterdir()) == ["tokenizer.json", "train", "validation"]
+    assert validation_domains(work / "shards") == ["books"]
+    assert read_manifest(work / "shards" / "train").documents == 50
+    assert len(TokenDataset(work / "shards" / "train", 8)) > 10
+    assert "data.path=shards" in done.stdout
+    assert "train:" in done.stderr  # the progress bar
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("tokenizer=train output=o", "source is not set: choose source=c4_files"),
+        ("source=c4 tokenizer=train output=o", "source=c4 is not a source: choose source=c4_files"),
+        ("sorce=c4_files", "sorce is not a key of this configuration: the nearest is source."),
+        ("source=c4_files source.pth=x", "source.pth is not a key of this configuration: the nearest is source.path."),
+        ("source=c4_files +tokeniser=x", "+tokeniser is not a key of this configuration: the nearest is tokenizer."),
+        ("source=c4_files source.path=x tokenizer=train", "output is not set: add output=... to the command."),
+        ("source=c4_files output=o tokenizer=train", "source.path is not set: add source.path=... to the command."),
+        ("source=embedded tokenizer=train", "output is not set"),
+        ("source=c4_files source.path=/no/such tokenizer=train output=o", "source.path=/no/such is not a folder"),
+        ("source=embedded tokenizer=/no/such.json output=o", "tokenizer=/no/such.json does not exist"),
+        ("source=embedded tokenizer=train output=o tokens_per_file=many", "tokens_per_file=many cannot be used"),
+        ("source=embedded tokenizer=train output=o source.max_megabytes=x", "source.max_megabytes=x cannot be used"),
+        ("source=embedded tokenizer=train output=o eos_token=</s>", "eos_token=</s> cannot be parsed: quote the value"),
+        ("source=embedded tokenizer=train output=a,b", "output=a,b is several values"),
+        ("source=embedded tokenizer=train output", "output is not an override: write key=value."),
+        ("-m source=embedded", "-m is not an override"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2_before_any_file(
+    script: ModuleType,
+    arguments: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert script.main(arguments.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {sentence}")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_and_the_help_can_be_shown(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["source=embedded", "output=somewhere", "tokenizer=train", "--cfg", "job"]) == 0
+    assert "path: somewhere/text" in capsys.readouterr().out
+    assert script.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("source=c4_files", "max_megabytes", "text_field", "tokens_per_file"):
+        assert word in shown
+
+
+def test_an_interruption_says_how_to_continue(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "run", interrupted)
+    assert script.main(["source=embedded", "output=somewhere", "tokenizer=train"]) == 130
+    assert "run the same command again" in capsys.readouterr().err
