@@ -5,6 +5,8 @@ In: fields typed by a user. Out: a validated `ModelConfig`; every error names th
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,21 +76,27 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
             self._require(getattr(self, name) >= 1, name, "use a positive integer")
         for name in ("norm_eps", "rope_theta", "init_std"):
-            self._require(getattr(self, name) > 0, name, "use a positive number")
-        self._require(self.z_loss >= 0, "z_loss", "use 0 (off) or a positive weight such as 1e-5")
+            self._require(0 < getattr(self, name) < math.inf, name, "use a positive number")
+        self._require(0 <= self.z_loss < math.inf, "z_loss", "use 0 (off) or a positive weight such as 1e-5")
         self._require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "use null or at least 2")
-        self._require(self.norm in NORMS, "norm", f"choose one of {', '.join(NORMS)}")
-        self._require(self.head_dim % 2 == 0, "head_dim", "use an even number: rotary embedding turns pairs")
+        self._require(self.norm in NORMS, "norm", choices(NORMS))
         self._require(
-            self.num_heads % self.num_kv_heads == 0,
+            self.head_dim % 2 == 0,
+            "head_dim",
+            f"rotary embedding turns pairs, so use an even number such as {self.head_dim + 1}",
+        )
+        divisors = [d for d in range(1, self.num_heads + 1) if self.num_heads % d == 0]
+        nearest = min(divisors, key=lambda d: abs(d - self.num_kv_heads))
+        self._require(
+            self.num_kv_heads in divisors,
             "num_kv_heads",
-            f"use a divisor of model.num_heads={self.num_heads}",
+            f"model.num_heads={self.num_heads} must be divisible by it, so use for example {nearest}",
         )
         for name in ("ffn_kv_proj", "attn_kv_proj"):
             self._require(
                 self.depth_kv or not getattr(self, name),
                 name,
-                f"needs model.depth_kv=true, or set model.{name}=false",
+                f"it needs model.depth_kv=true, so add that or set model.{name}=false",
             )
         self._require(
             self.depth_recent_layers is None or self.depth_recent_layers >= 1,
@@ -96,10 +104,14 @@ class ModelConfig:
             "use null (all layers) or at least 1",
         )
         self._require(self.depth_first_layers >= 0, "depth_first_layers", "use 0 or more")
+        self._require(
+            self.depth_first_layers == 0 or self.depth_recent_layers is not None,
+            "depth_first_layers",
+            "with model.depth_recent_layers=null all layers are read already, so set that too or use 0",
+        )
 
     def _require(self, condition: bool, name: str, remedy: str) -> None:
-        if not condition:
-            raise ConfigError(f"model.{name}={_shown(getattr(self, name))} cannot be used: {remedy}.")
+        require(condition, f"model.{name}", getattr(self, name), remedy)
 
     @classmethod
     def field_names(cls) -> list[str]:
@@ -107,8 +119,19 @@ class ModelConfig:
         return [f.name for f in fields(cls)]
 
 
-def _shown(value: Any) -> str:
-    """A value as the configuration files write it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
+def require(condition: bool, key: str, value: Any, remedy: str) -> None:
+    """Raise `ConfigError` "KEY=VALUE cannot be used: REMEDY." unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={shown(value)} cannot be used: {remedy}.")
+
+
+def choices(words: Iterable[str]) -> str:
+    """The remedy for a word that is none of `words`."""
+    return f"choose one of {', '.join(words)}"
+
+
+def shown(value: Any) -> str:
+    """A value as the command line and the configuration files write it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -19,7 +19,7 @@ from models.layers import RMSNorm, rotary_tables
 
 
 class Loss(NamedTuple):
-    """Means over all targets, fp32 scalars, in nats."""
+    """Means over all targets that are not ignored, fp32 scalars, in nats."""
 
     cross_entropy: Tensor
     z_loss: Tensor  # weighted: model.z_loss * mean(logsumexp(logits)^2)
@@ -46,7 +46,7 @@ class Decoder(nn.Module):
 
         Args:
             ids: token ids [batch, time], integers.
-            targets: the id that follows each position, [batch, time].
+            targets: the id that follows each position, [batch, time]; a negative one is ignored.
             cu_seqlens: document boundaries as in `moda.attention`; positions restart at each.
 
         Returns:
@@ -55,10 +55,12 @@ class Decoder(nn.Module):
         logits = self.logits(self.hidden(ids, cu_seqlens))
         if targets is None:
             return logits
-        logits = logits.flatten(0, 1)
+        logits, targets = logits.flatten(0, 1), targets.reshape(-1)
+        counted = targets >= 0
         lse = logits.logsumexp(-1)
-        chosen = logits.gather(1, targets.reshape(-1, 1)).squeeze(1)
-        return Loss((lse - chosen).mean(), self.config.z_loss * lse.square().mean())
+        chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
+        weight = counted / counted.sum().clamp_min(1)
+        return Loss(((lse - chosen) * weight).sum(), self.config.z_loss * (lse.square() * weight).sum())
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What enters the output product: [batch, time, hidden_size], after the final norm."""

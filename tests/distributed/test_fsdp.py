@@ -1,0 +1,73 @@
+"""FSDP2 on two ranks against the plain definition on one, in float64 (to 1e-6: FSDP2 reduces gradients in fp32)."""
+
+import itertools
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+import moda
+from models.decoder import Decoder
+from models.initialization import initialize
+from models.parallelize import parallelize
+from tests.distributed.ranks import run_ranks
+from tests.models.plain import PlainStream, small, tokens
+
+MODA = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
+
+
+def sharded(config, **options):
+    with torch.device("meta"):
+        model = Decoder(config).double()
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    model = parallelize(model, mesh, compute_dtype=torch.float64, **options)
+    initialize(model, seed=1)
+    return model
+
+
+def expected_gradients(config, batches):
+    """Of the mean loss over all batches, by the definition, unsharded."""
+    model = Decoder(config).double()
+    initialize(model, seed=1)
+    original, moda.DepthStream = moda.DepthStream, PlainStream
+    try:
+        (sum(sum(model(*batch)) for batch in batches) / len(batches)).backward()
+    finally:
+        moda.DepthStream = original
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def check_gradients():
+    rank = torch.distributed.get_rank()
+    batches = [tokens(batch=1, seed=seed) for seed in range(4)]
+    for fields, checkpointing, reshard in itertools.product(({}, MODA), ("none", "full"), (True, False)):
+        config = small(**fields)
+        model = sharded(config, activation_checkpointing=checkpointing, reshard_after_forward=reshard)
+        for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
+            model.set_requires_gradient_sync(index == 1)
+            loss = sum(model(*batch)) / 2
+            with torch.no_grad():  # an evaluation between forward and backward, and between micro-batches
+                model(tokens(seed=9)[0])
+            loss.backward()
+        for name, want in expected_gradients(config, batches).items():
+            parameter = model.get_parameter(name)
+            assert isinstance(parameter, DTensor)
+            got = parameter.grad.full_tensor()
+            error = (got - want).norm() / want.norm().clamp_min(1e-6)
+            assert error < 1e-6, f"{fields} {checkpointing} reshard={reshard} {name}: {error:.1e}"
+
+
+def test_gradients_equal_the_definition_with_checkpointing_and_accumulation():
+    run_ranks(check_gradients, 2)
+
+
+def check_weights():
+    config = small(**MODA)
+    plain, model = Decoder(config).double(), sharded(config)
+    initialize(plain, seed=1)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).full_tensor()), name
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_ranks():
+    run_ranks(check_weights, 2)

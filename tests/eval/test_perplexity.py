@@ -1,0 +1,82 @@
+"""Validation losses against a plain sum over tokens; the same for any number of ranks and any micro-batch."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.shards import TokenDataset, read_manifest
+from eval.perplexity import PerplexityEvaluator
+from tests.models.plain import build, small
+from tests.shards import VOCAB
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(small(vocab_size=VOCAB, depth_kv=True, ffn_kv_proj=True), torch.float32)
+
+
+def expected_loss(model, shards, domain, instances):
+    dataset = TokenDataset(Path(shards) / "validation" / domain, 16)
+    rows = [torch.from_numpy(dataset[i]) for i in range(min(instances or len(dataset), len(dataset)))]
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(row[None, :-1])[0], row[1:]) for row in rows]
+    return torch.stack(losses).double().mean().item()
+
+
+@pytest.mark.parametrize("instances", [1, 5, None])
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_loss_perplexity_and_bits_per_byte_of_every_domain(model, shards, instances, micro_batch_size):
+    evaluator = PerplexityEvaluator(shards, 16, instances=instances, micro_batch_size=micro_batch_size)
+    metrics = evaluator.evaluate(model, CPU)
+    losses = []
+    for domain in ("even", "odd"):
+        loss = expected_loss(model, shards, domain, instances)
+        manifest = read_manifest(Path(shards) / "validation" / domain)
+        assert metrics[f"validation/{domain}/loss"] == pytest.approx(loss, rel=1e-6)
+        assert metrics[f"validation/{domain}/perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
+        bits = loss / math.log(2) * manifest.tokens / manifest.bytes
+        assert metrics[f"validation/{domain}/bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        losses.append(loss)
+    assert metrics["validation/mean/loss"] == pytest.approx(sum(losses) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_together_read_what_one_reads(model, shards, world_size):
+    """Every rank sees equally many batches; their sums are those of one process."""
+    alone = PerplexityEvaluator(shards, 16, instances=5, micro_batch_size=2).evaluate(model, CPU)
+    totals, batches = {}, set()
+
+    def keep(rank):
+        seen = iter(range(99))
+
+        def reduce(total):
+            index = next(seen)
+            totals[index] = totals.get(index, 0) + total
+            return total.clamp_min(1)
+
+        evaluator = PerplexityEvaluator(
+            shards, 16, instances=5, micro_batch_size=2, rank=rank, world_size=world_size, reduce=reduce
+        )
+        batches.add(tuple(len(evaluator._batches(dataset)) for dataset in evaluator.datasets.values()))
+        evaluator.evaluate(model, CPU)
+
+    for rank in range(world_size):
+        keep(rank)
+    assert len(batches) == 1
+    for index, domain in enumerate(("even", "odd")):
+        nats, count = totals[index].tolist()
+        assert count == 5 * 16
+        assert nats / count == pytest.approx(alone[f"validation/{domain}/loss"], rel=1e-6)
+
+
+def test_evaluation_leaves_no_graph_and_can_be_followed_by_training(model, shards):
+    PerplexityEvaluator(shards, 16, instances=2, micro_batch_size=2).evaluate(model, CPU)
+    ids = torch.arange(1, 18)[None]
+    sum(model(ids[:, :-1], ids[:, 1:])).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.zero_grad()

@@ -1,0 +1,250 @@
+"""Whole runs of a two-layer model on one process: what they leave, how they resume, what they refuse."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+import training.trainer
+from models.config import ConfigError
+from tests.shards import tiny_config, write_shards
+from training.checkpoint import find_checkpoints
+from training.metrics import read_metrics
+from training.trainer import train
+
+TIMED = ("throughput/", "memory/", "time/")
+
+
+def untimed(run_dir):
+    """The records of a run without what a clock or an allocator says."""
+    return [
+        {key: value for key, value in record.items() if not key.startswith(TIMED)}
+        for record in read_metrics(Path(run_dir) / "metrics.jsonl")
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """A run of twenty steps in one go. Read only: tests that write copy it."""
+    config = tiny_config(shards, tmp_path_factory.mktemp("runs") / "finished")
+    train(config)
+    return Path(config.run.dir)
+
+
+def test_a_run_learns_and_leaves_a_directory_that_stands_alone(finished):
+    records = untimed(finished)
+    assert [r["step"] for r in records] == list(range(21))
+    assert [r["tokens"] for r in records] == [64 * step for step in range(21)]
+    assert records[-1]["train/loss"] < records[1]["train/loss"] - 0.1
+    for step in (0, 10, 20):
+        for key in ("validation/even/loss", "validation/odd/bits_per_byte", "validation/mean/perplexity"):
+            assert key in records[step]
+    assert "train/loss" not in records[0]
+    assert {"train/loss", "train/z_loss", "train/grad_norm", "train/lr"} <= records[10].keys()
+    assert records[20]["validation/mean/loss"] < records[0]["validation/mean/loss"] - 0.1
+    for name in ("config.yaml", "versions.json", "summary.json", "curves.png"):
+        assert (finished / name).stat().st_size > 0
+    assert [p.name for p in find_checkpoints(finished)] == ["step-10", "step-20"]
+    assert json.loads((finished / "summary.json").read_text())["stopped_at"] == 20
+
+
+def test_a_stop_and_a_resume_give_the_bits_of_one_go(shards, finished, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 10
+    train(config)
+    assert len(untimed(config.run.dir)) == 11
+    config.training.stop_at = None
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+def test_a_kill_between_checkpoints_loses_nothing(shards, finished, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    train_until_killed(config, step=17)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-10"]
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 17
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+def train_until_killed(config, step):
+    """Train in a process that dies by SIGKILL once `step` is logged."""
+    child = multiprocessing.get_context("spawn").Process(target=_train_and_die, args=(config, step))
+    child.start()
+    child.join(timeout=120)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def _train_and_die(config, step):
+    os.environ.pop("WANDB_SERVICE", None)  # the parent's, if it has one: a service of its own dies with this process
+    original = training.trainer.Trainer._record
+
+    def record(self, values):
+        original(self, values)
+        if self.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    training.trainer.Trainer._record = record
+    train(config)
+
+
+def test_a_checkpoint_without_its_marker_is_not_continued(shards, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    (run_dir / "checkpoints" / "step-20" / "checkpoint.json").unlink()
+    train(tiny_config(shards, run_dir))
+    assert untimed(run_dir) == untimed(finished)
+    assert [p.name for p in find_checkpoints(run_dir)] == ["step-10", "step-20"]
+
+
+def test_a_finished_run_started_again_changes_no_record(shards, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    train(tiny_config(shards, run_dir))
+    assert untimed(run_dir) == untimed(finished)
+
+
+def test_resume_from_a_path_continues_in_another_directory_and_then_from_its_own_checkpoints(
+    shards, finished, tmp_path
+):
+    config = tiny_config(shards, tmp_path / "fork")
+    config.checkpoint.resume = str(finished / "checkpoints" / "step-10")
+    config.checkpoint.every, config.training.stop_at = 5, 15
+    train(config)
+    config.training.stop_at = None
+    train(config)
+    records = untimed(config.run.dir)
+    assert [r["step"] for r in records] == list(range(11, 21))
+    assert [r["train/loss"] for r in records] == [r["train/loss"] for r in untimed(finished)[11:]]
+
+
+def test_going_back_behind_newer_checkpoints_of_the_same_run_is_refused(shards, finished):
+    config = tiny_config(shards, finished)
+    config.checkpoint.resume = str(finished / "checkpoints" / "step-10")
+    with pytest.raises(ConfigError, match="older than step-20 of the same run"):
+        train(config)
+
+
+def test_one_wandb_run_over_kills_before_and_after_the_first_checkpoint(shards, finished, tmp_path):
+    from tests.training.test_tracking import read_offline
+
+    config = tiny_config(shards, tmp_path / "run")
+    config.logging.wandb.mode = "offline"
+    train_until_killed(config, step=4)
+    train_until_killed(config, step=13)
+    train(config)
+    runs = read_offline(tmp_path / "run")
+    assert len(runs) == 1
+    (records,) = runs.values()
+    assert [record["step"] for record in records] == list(range(21))
+    for record, logged in zip(records, read_metrics(tmp_path / "run" / "metrics.jsonl"), strict=True):
+        assert record.keys() == logged.keys()
+        for key, value in logged.items():
+            assert record[key] == pytest.approx(value, rel=1e-9), key
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: setattr(c.training, "micro_batch_size", 4),
+        lambda c: setattr(c.parallel, "activation_checkpointing", "full"),
+        lambda c: setattr(c.logging, "every", 5),
+        lambda c: setattr(c.checkpoint, "keep", 1),
+    ],
+    ids=["micro_batch_size", "activation_checkpointing", "logging.every", "checkpoint.keep"],
+)
+def test_what_may_differ_on_resume_changes_no_loss(change, shards, finished, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 10
+    train(config)
+    config.training.stop_at = None
+    change(config)
+    train(config)
+    want = {record["step"]: record["train/loss"] for record in untimed(finished)[1:]}
+    got = {record["step"]: record["train/loss"] for record in untimed(config.run.dir)[1:]}
+    assert got == pytest.approx({step: want[step] for step in got}, rel=1e-5)
+    assert 20 in got
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: setattr(c.optimizer, "lr", 1e-3), r"optimizer.lr was 0.01 and is 0.001"),
+        (lambda c: setattr(c.model, "norm", "pre"), r"model.norm was reordered and is pre"),
+        (lambda c: setattr(c.training, "seed", 7), r"training.seed was 0 and is 7"),
+        (lambda c: setattr(c.training, "steps", 40), r"training.steps was 20 and is 40"),
+        (lambda c: setattr(c.checkpoint, "resume", "never"), r"checkpoint.resume=never would overwrite"),
+        (lambda c: setattr(c.checkpoint, "resume", "/nowhere"), r"checkpoint.resume=/nowhere is no whole checkpoint"),
+    ],
+    ids=["lr", "norm", "seed", "steps", "never", "path"],
+)
+def test_a_resume_that_would_be_another_run_is_refused_and_loses_nothing(change, words, shards, finished):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    config = tiny_config(shards, finished)
+    change(config)
+    with pytest.raises(ConfigError, match=words):
+        train(config)
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_other_data_on_resume_is_refused(finished, tmp_path):
+    config = tiny_config(write_shards(tmp_path / "other", seed=1), finished)
+    with pytest.raises(ConfigError, match="holds other tokens"):
+        train(config)
+
+
+def test_the_same_data_elsewhere_is_accepted(shards, finished, tmp_path):
+    shutil.copytree(shards, tmp_path / "moved")
+    shutil.copytree(finished, tmp_path / "run")
+    train(tiny_config(tmp_path / "moved", tmp_path / "run"))
+    assert untimed(tmp_path / "run") == untimed(finished)
+
+
+def test_old_checkpoints_are_deleted_and_the_newest_kept(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.steps, config.checkpoint.every, config.checkpoint.keep = 8, 2, 2
+    train(config)
+    assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-6", "step-8"]
+
+
+def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    original = training.trainer.Trainer._record
+
+    def record(self, values):
+        original(self, values)
+        if self.state.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.trainer.Trainer, "_record", record)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-7"]
+    monkeypatch.undo()
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+def test_sparse_logging_and_evaluation_keep_their_steps(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.steps, config.logging.every, config.evaluation.every = 11, 4, 5
+    train(config)
+    records = untimed(config.run.dir)
+    assert [r["step"] for r in records] == [0, 4, 5, 8, 10, 11]
+    assert [r["step"] for r in records if "validation/mean/loss" in r] == [0, 5, 10, 11]
+
+
+def test_without_evaluation_no_validation_is_read(shards, tmp_path):
+    shutil.copytree(shards / "train", tmp_path / "shards" / "train")
+    config = tiny_config(tmp_path / "shards", tmp_path / "run")
+    config.training.steps, config.evaluation.every = 3, 0
+    train(config)
+    assert [r["step"] for r in untimed(config.run.dir)] == [1, 2, 3]

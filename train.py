@@ -1,0 +1,78 @@
+"""Train a model: `python train.py model=moda_tiny data.path=SHARDS`; more with `--help` and in docs/configuration.md.
+
+In: `configs/` and the command line. Out: a run directory for each job (training/trainer.py says what is in it). A
+mistake of the user is one sentence on standard error and exit status 2, before any process group or file is made. A
+job that fails in a sweep does not keep the others from running; the exit status is then 1.
+"""
+
+import os
+import sys
+import time
+import traceback
+
+import hydra
+from omegaconf import DictConfig
+
+from data.shards import DataError
+from models.config import ConfigError
+from training.compose import Job, job_config, plan
+from training.preflight import checked
+
+# One voice a host, since shards and GPUs are the host's own: rank 0, and the first rank of other hosts.
+SPEAKS = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command. Returns the exit status."""
+    try:
+        planned = plan(arguments)
+        print(planned.text, end="")
+        jobs = [checked(job) for job in planned.jobs]  # all of them, before the first starts
+        for warning in dict.fromkeys(text for job in jobs for text in job.config.warnings()):
+            say(f"warning: {warning}")
+        if planned.hydra_arguments is not None:
+            sys.argv[1:] = planned.hydra_arguments
+            launched()
+            return 0
+        return train_all(jobs) if jobs else 0
+    except (ConfigError, DataError) as error:
+        say(f"error: {error}")
+        if not SPEAKS:
+            time.sleep(2)  # torchrun stops all ranks when one has ended: let the one that speaks be heard
+        return 2
+
+
+def train_all(jobs: list[Job]) -> int:
+    """Train the jobs, one after the other. Returns the exit status; what fails in a single job is raised."""
+    from training.trainer import train  # imports torch, which takes seconds: mistakes are answered before
+
+    if len(jobs) == 1:
+        train(jobs[0].config)
+        return 0
+    failed = []
+    for number, job in enumerate(jobs):
+        say(f"job {number} of {len(jobs)}: {job.label} -> {job.config.run.dir}")
+        try:
+            train(job.config)
+        except Exception as error:
+            failed.append(f"{number} ({job.label})")
+            say(f"error: {error}") if isinstance(error, ConfigError | DataError) else traceback.print_exc()
+    if failed:
+        say(f"error: {len(failed)} of {len(jobs)} jobs failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def say(text: str) -> None:
+    """A line for the user, once a host."""
+    if SPEAKS:
+        print(text, file=sys.stderr, flush=True)
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def launched(composed: DictConfig) -> None:
+    """One job, in the process where a launcher of Hydra (joblib, submitit) has started it."""
+    train_all([checked(Job(job_config(composed)))])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

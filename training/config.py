@@ -1,0 +1,252 @@
+"""The whole configuration of a run: one dataclass a group, checked before any process group or file is made.
+
+In: the values that `training.compose` puts together from `configs/` and the command line. Out: `Config.validate`
+accepts them or raises `ConfigError` in one sentence; it looks at nothing but the values and the number of ranks, where
+`training.preflight` looks at the data and the machine. `models.config.ModelConfig` holds the `model` group.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from models.config import ConfigError, ModelConfig, choices, require
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+ACTIVATION_CHECKPOINTING = ("none", "full")
+WANDB_MODES = ("online", "offline", "disabled")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and what it is called."""
+
+    name: str = "run"  # label in logs, reports and wandb; the default run directory is named after it
+    dir: str = "runs/run"  # everything the run leaves: configuration, metrics, checkpoints, plot
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(bool(self.name.strip()), "run.name", self.name, "use a name such as run.name=first")
+        require(bool(self.dir.strip()), "run.dir", self.dir, "use a folder such as run.dir=runs/first")
+
+
+@dataclass
+class DataConfig:
+    """Token shards and how they are cut."""
+
+    path: str = "shards/c4"  # folder with train/ and validation/DOMAIN/, as scripts/prepare_data.py writes it
+    sequence_length: int = 4096  # tokens in an instance
+    prepare: str = ""  # the command that prepares this data, shown when `path` has no shards
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(bool(self.path.strip()), "data.path", self.path, "use a folder of token shards, as in data.path=SHARDS")
+        require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "use a positive integer")
+
+
+@dataclass
+class TrainingConfig:
+    """Length, batch and seed."""
+
+    steps: int = 95_367  # optimizer steps of the whole schedule (paper: 400 B tokens)
+    global_batch_size: int = 1024  # instances an optimizer step sees, over all ranks and micro-batches
+    micro_batch_size: int = 8  # instances one rank computes at a time
+    seed: int = 0  # of initialisation and of the data order
+    stop_at: int | None = None  # stop after this step, schedule untouched (null: run to `steps`)
+    device: str = "auto"  # auto (cuda when there is one), cpu or cuda
+    precision: str = "auto"  # compute dtype: auto (bf16 on cuda, fp32 on cpu), fp32 or bf16; master weights are fp32
+    max_grad_norm: float = 1.0  # global gradient norm is clipped to this (0: off)
+
+    def validate(self, world_size: int) -> None:
+        """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
+        for name in ("steps", "global_batch_size", "micro_batch_size"):
+            require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use a positive integer")
+        require(0 <= self.seed < 2**63, "training.seed", self.seed, "use 0 or a positive integer below 2^63")
+        require(
+            self.stop_at is None or 1 <= self.stop_at <= self.steps,
+            "training.stop_at",
+            self.stop_at,
+            f"use null (run to the end) or a step from 1 to training.steps={self.steps}",
+        )
+        require(self.device in DEVICES, "training.device", self.device, choices(DEVICES))
+        require(self.precision in PRECISIONS, "training.precision", self.precision, choices(PRECISIONS))
+        require(
+            0 <= self.max_grad_norm < math.inf,
+            "training.max_grad_norm",
+            self.max_grad_norm,
+            "use 0 (off) or a positive number",
+        )
+        if self.global_batch_size % (self.micro_batch_size * world_size):
+            raise ConfigError(self._indivisible(world_size))
+
+    def _indivisible(self, world_size: int) -> str:
+        unit = self.micro_batch_size * world_size
+        below = self.global_batch_size // unit * unit
+        remedy = f"use training.global_batch_size={f'{below} or ' if below else ''}{below + unit}"
+        share, rest = divmod(self.global_batch_size, world_size)
+        if rest == 0:
+            divisor = next(d for d in range(self.micro_batch_size, 0, -1) if share % d == 0)
+            remedy += f", or training.micro_batch_size={divisor}"
+        return (
+            f"training.global_batch_size={self.global_batch_size} is not divisible by "
+            f"training.micro_batch_size={self.micro_batch_size} × world size {world_size} = {unit}: {remedy}."
+        )
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW."""
+
+    lr: float = 3e-4  # peak learning rate
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # on everything, norms too, but the input embedding
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "use a positive number such as 3e-4")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name}", value, "use a number from 0 to below 1")
+        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "use a positive number such as 1e-8")
+        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "use 0 or more")
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps, as a factor of the peak."""
+
+    name: str = "cosine"  # cosine, linear, constant or wsd (warm-up, stable, decay)
+    warmup_steps: int = 2000  # linear from 0 to the peak
+    final_lr_ratio: float = 0.1  # learning rate of the last step as a fraction of the peak (constant ignores it)
+    decay_fraction: float = 0.2  # wsd: the share of all steps, at the end, over which the rate falls linearly
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(self.name in SCHEDULES, "schedule.name", self.name, choices(SCHEDULES))
+        require(self.warmup_steps >= 0, "schedule.warmup_steps", self.warmup_steps, "use 0 (none) or more")
+        ratio, fraction = self.final_lr_ratio, self.decay_fraction
+        require(0 <= ratio <= 1, "schedule.final_lr_ratio", ratio, "use a number from 0 to 1")
+        require(0 < fraction <= 1, "schedule.decay_fraction", fraction, "use a number above 0, at most 1")
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is laid out over devices."""
+
+    activation_checkpointing: str = "none"  # none, or full (each block is computed again in backward)
+    reshard_after_forward: bool = True  # FSDP2 frees gathered weights after forward (less memory, more communication)
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        word = self.activation_checkpointing
+        known = word in ACTIVATION_CHECKPOINTING
+        require(known, "parallel.activation_checkpointing", word, choices(ACTIVATION_CHECKPOINTING))
+
+
+@dataclass
+class CheckpointConfig:
+    """When to save and what to continue."""
+
+    every: int = 1000  # steps between checkpoints (the last step is always saved)
+    keep: int | None = 3  # newest checkpoints kept (null: all)
+    resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(self.every >= 1, "checkpoint.every", self.every, "use a positive number of steps")
+        require(self.keep is None or self.keep >= 1, "checkpoint.keep", self.keep, "use null (all) or at least 1")
+        require(bool(self.resume.strip()), "checkpoint.resume", self.resume, "use auto, never or a checkpoint's path")
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation loss by domain, on the same held-out instances each time."""
+
+    every: int = 1000  # steps between evaluations (0: never); also before the first step and after the last
+    instances: int | None = 256  # instances read from each domain (null: all)
+    micro_batch_size: int | None = None  # instances one rank computes at a time (null: that of training)
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(self.every >= 0, "evaluation.every", self.every, "use 0 (never) or a positive number of steps")
+        for name, null in (("instances", "all"), ("micro_batch_size", "that of training")):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"evaluation.{name}", value, f"use null ({null}) or at least 1")
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    mode: str = "online"  # online, offline or disabled
+    project: str = "moda"  # project the run belongs to
+    entity: str | None = None  # user or team (null: the account's default)
+    group: str | None = None  # runs shown together
+    tags: list[str] = field(default_factory=list)  # labels
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(self.mode in WANDB_MODES, "logging.wandb.mode", self.mode, choices(WANDB_MODES))
+        require(bool(self.project.strip()), "logging.wandb.project", self.project, "use a name such as moda")
+
+
+@dataclass
+class LoggingConfig:
+    """What is written, and how often."""
+
+    every: int = 10  # steps between metric records and progress lines
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        require(self.every >= 1, "logging.every", self.every, "use a positive number of steps")
+        self.wandb.validate()
+
+
+@dataclass
+class Config:
+    """A run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def validate(self, world_size: int = 1) -> None:
+        """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
+        self.run.validate()
+        self.model.validate()
+        self.data.validate()
+        self.training.validate(world_size)
+        self.optimizer.validate()
+        self.schedule.validate()
+        self.parallel.validate()
+        self.checkpoint.validate()
+        self.evaluation.validate()
+        self.logging.validate()
+
+    def warnings(self) -> list[str]:
+        """What can run but is probably not meant, a sentence each."""
+        steps, warmup = self.training.steps, self.schedule.warmup_steps
+        if warmup <= steps:
+            return []
+        return [
+            f"schedule.warmup_steps={warmup} is longer than the run (training.steps={steps}), so the learning rate "
+            f"never reaches its peak: use for example schedule.warmup_steps={max(1, steps // 10)}."
+        ]
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, every value final: what a run directory's `config.yaml` holds."""
+    return asdict(config)

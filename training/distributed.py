@@ -1,0 +1,93 @@
+"""The processes of a run: who this one is, and the process group, made for a run and taken down after it.
+
+In: the environment of torchrun, or none (one process). Out: a `World`. A process may run several jobs, one after the
+other (multirun); each has a process group of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+_jobs = itertools.count()
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # one dimension, all ranks
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable `value`, on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of `values` over ranks."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over ranks."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on some rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(int(flag))  # on the CPU: no device synchronisation
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value)
+
+
+@contextmanager
+def distributed_world(device: str) -> Iterator[World]:
+    """The process group of one job; `device` is "auto" (cuda when there is one), "cpu" or "cuda"."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    own = torch.device("cpu")
+    if kind == "cuda":
+        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(own)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+        # Jobs of one process share the store of the launcher: a prefix keeps their addresses apart.
+        store=dist.PrefixStore(f"job-{next(_jobs)}", _store()),
+        rank=rank,
+        world_size=size,
+        device_id=own if kind == "cuda" else None,
+    )
+    try:
+        yield World(rank, size, own, init_device_mesh(kind, (size,)))
+    finally:
+        dist.destroy_process_group()
+
+
+@cache
+def _store() -> dist.Store:
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(iter(dist.rendezvous("env://")))
+    return store

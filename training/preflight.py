@@ -1,0 +1,121 @@
+"""Checks of a valid configuration against the data and the machine, before any process group or file is made.
+
+In: a validated `Config`. Out: the same with what only the data knows filled in (the vocabulary), or `ConfigError` or
+`DataError` in one sentence. Every rank comes to its own answer, without communication: the folders and the GPUs of its
+host are what it will use.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from data.shards import DataError, Manifest, TokenDataset, read_manifest, validation_domains
+from models.config import VOCAB_MULTIPLE, ConfigError
+from training.compose import Job
+from training.config import Config
+
+
+def checked(job: Job) -> Job:
+    """`job`, ready to start here and now. Raises what `Config.validate` and `preflight` raise, and names the job."""
+    try:
+        job.config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+        return replace(job, config=preflight(job.config))
+    except (ConfigError, DataError) as error:
+        if not job.label:
+            raise
+        raise type(error)(f"{error} (job {job.label})") from error
+
+
+def preflight(config: Config) -> Config:
+    """`config` with a number in `model.vocab_size`, after all checks; `config` itself is left as it is.
+
+    Raises `ConfigError` for a value that does not fit the data or the machine, `DataError` for data that is missing or
+    damaged.
+    """
+    _check_paths(config)
+    manifest = _check_data(config)
+    vocab_size = _vocab_size(config, manifest)
+    _check_packages(config)
+    _check_devices(config)  # last: it imports torch, which takes seconds
+    return replace(config, model=replace(config.model, vocab_size=vocab_size))
+
+
+def _check_paths(config: Config) -> None:
+    resume = config.checkpoint.resume
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise ConfigError(
+            f"checkpoint.resume={resume} does not exist: use auto, never or the path of a checkpoint, as in "
+            f"runs/NAME/checkpoints/step-1000."
+        )
+    run_dir = Path(config.run.dir).absolute()
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is a file, so use another folder.")
+    if not os.access(existing, os.W_OK):
+        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is not writable.")
+
+
+def _check_data(config: Config) -> Manifest:
+    """The manifest of the training tokens, after all splits that the run reads were looked at."""
+    root = Path(config.data.path)
+    if not (root / "train").is_dir():
+        command = f"\n  {config.data.prepare}" if config.data.prepare else " scripts/prepare_data.py"
+        raise DataError(
+            f"data.path={config.data.path} holds no token shards ({root / 'train'} does not exist): set data.path to a "
+            f"prepared folder, or prepare it with{command}"
+        )
+    manifest = TokenDataset(root / "train", config.data.sequence_length).manifest
+    if config.evaluation.every == 0:
+        return manifest
+    domains = validation_domains(root)
+    if not domains:
+        raise DataError(
+            f"data.path={config.data.path} has no validation domains ({root / 'validation'}/DOMAIN): prepare some, "
+            f"or set evaluation.every=0."
+        )
+    for domain in domains:
+        folder = root / "validation" / domain
+        TokenDataset(folder, config.data.sequence_length)
+        if read_manifest(folder).tokenizer["sha256"] != manifest.tokenizer["sha256"]:
+            raise DataError(f"{folder} and {root / 'train'} have different tokenizers: prepare both with the same one.")
+    return manifest
+
+
+def _vocab_size(config: Config, manifest: Manifest) -> int:
+    """`model.vocab_size`, or for null the tokenizer's size rounded up; a smaller tokenizer is accepted."""
+    needed, chosen = manifest.vocab_size, config.model.vocab_size
+    if chosen is None:
+        return -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if needed > chosen:
+        raise ConfigError(
+            f"model.vocab_size={chosen} is smaller than the {needed} ids of the tokenizer of data.path="
+            f"{config.data.path} ({manifest.tokenizer['name']}): use model.vocab_size=null, "
+            f"or data with a smaller tokenizer."
+        )
+    return chosen
+
+
+def _check_packages(config: Config) -> None:
+    if config.logging.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"logging.wandb.mode={config.logging.wandb.mode} needs the package wandb: pip install wandb, "
+            f"or set logging.wandb.mode=disabled."
+        )
+
+
+def _check_devices(config: Config) -> None:
+    if config.training.device == "cpu":
+        return
+    import torch
+
+    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if gpus == 0 and config.training.device == "cuda":
+        raise ConfigError("training.device=cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
+    if 0 < gpus < ranks:
+        raise ConfigError(
+            f"training.device={config.training.device} cannot be used: {ranks} ranks of this host share {gpus} GPUs, "
+            f"so start torchrun with --nproc-per-node {gpus}, or set training.device=cpu."
+        )

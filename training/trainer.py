@@ -1,0 +1,339 @@
+"""The training loop: a checked configuration in, a run directory out.
+
+A run directory stands alone: `config.yaml`, `versions.json`, `metrics.jsonl`, `checkpoints/step-N/`, `curves.png`,
+`summary.json`. What a step does depends on (configuration, step) and the weights alone, so a run that was stopped, or
+killed, goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from data.loader import BatchLoader
+from data.order import InstanceOrder
+from data.shards import TokenDataset, read_manifest, write_atomically
+from eval.perplexity import PerplexityEvaluator
+from models.accounting import count_parameters, describe, memory, peak_flops, training_flops_per_token
+from models.config import ConfigError
+from models.decoder import Decoder
+from models.initialization import initialize
+from models.parallelize import parallelize
+from training.checkpoint import (
+    TrainState,
+    check_resumable,
+    find_checkpoints,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+)
+from training.config import Config, resolved
+from training.curves import draw_curves
+from training.distributed import World, distributed_world
+from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
+from training.optimizer import build_optimizer, set_lr
+from training.schedule import lr_factor
+from training.signals import StopRequest, stop_on_signals
+from training.tracking import WandbTracker, previous_run_id
+from training.versions import record_versions
+
+
+def train(config: Config) -> None:
+    """Train as `config` says, from scratch or from where its run directory stands.
+
+    `config` has been validated and its data checked (`training.preflight`). Raises ConfigError, before any file is
+    made, when the run directory belongs to another configuration or other data; SystemExit(128 + signal) after a
+    signal, with a checkpoint.
+    """
+    checkpoint = choose_checkpoint(config)
+    with distributed_world(config.training.device) as world, stop_on_signals() as stop:
+        Trainer(config, world, stop, world.broadcast(checkpoint)).fit()
+    if stop.signal is not None:
+        raise SystemExit(128 + stop.signal)
+
+
+def choose_checkpoint(config: Config) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration."""
+    run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    found = find_checkpoints(run_dir)
+    if resume == "never":
+        if found or (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
+            )
+        return None
+    path = found[-1].absolute() if found else None
+    if resume != "auto":
+        given = Path(resume).absolute()
+        read_state(given)
+        if path is None:
+            path = given
+        elif path != given and path.parent == given.parent:
+            raise ConfigError(
+                f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
+                "or set another run.name to continue there."
+            )  # else the run began from another's checkpoint before, and goes on from its own
+    if path is not None:
+        saved, data = read_state(path), read_manifest(Path(config.data.path) / "train").fingerprint
+        check_resumable(saved.config, resolved(config), path)
+        if saved.data != data:
+            raise ConfigError(
+                f"data.path={config.data.path} holds other tokens ({data}) than {path} was trained on ({saved.data}): "
+                "give the same data, or start a new run with another run.name."
+            )
+    return path
+
+
+class Trainer:
+    """One run on one process among `world`."""
+
+    def __init__(self, config: Config, world: World, stop: StopRequest, checkpoint: Path | None) -> None:
+        self.config, self.world, self.stop = config, world, stop
+        self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
+        self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
+        self.console = Console(config.training.steps, enabled=world.is_main)
+        self._build_data()
+        self._build_model()
+        self._restore(checkpoint)
+        if world.is_main:
+            self._open_run_directory()
+
+    def fit(self) -> None:
+        """Train to the last step, or until a signal; leave a checkpoint, curves and a summary."""
+        config, state = self.config, self.state
+        failed = True
+        try:
+            clock = self.clock = TrainingClock(state.step)
+            if state.step == 0 and config.evaluation.every:
+                self._record(self._evaluate())
+            self.loader.prefetch(state.instances)
+            while state.step < self.last_step and not self.world.any(self.stop.signal is not None):
+                loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
+                state.step += 1
+                state.instances += config.training.global_batch_size
+                state.tokens += config.training.global_batch_size * config.data.sequence_length
+                self.loader.prefetch(state.instances)
+
+                ends = state.step == self.last_step
+                evaluates = config.evaluation.every and (ends or state.step % config.evaluation.every == 0)
+                if ends or evaluates or state.step % config.logging.every == 0:
+                    values = self._training_values(loss, grad_norm, lr)
+                    self._record(values | (self._evaluate() if evaluates else {}))
+                if ends or state.step % config.checkpoint.every == 0:
+                    self._save()
+            with clock.paused():
+                self._finish()
+            failed = False
+        finally:
+            self.loader.close()
+            if self.world.is_main:
+                self.tracker.finish(exit_code=int(failed))
+                self.log.close()
+
+    def _step(self, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+        """One optimizer step. Returns this rank's mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
+        total = torch.zeros(2, device=self.world.device)
+        for index, batch in enumerate(micro_batches):
+            self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
+            if self.world.device.type == "cuda":
+                batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+            loss = self.model(batch[:, :-1], batch[:, 1:])
+            (sum(loss) / len(micro_batches)).backward()
+            total += torch.stack(loss).detach() / len(micro_batches)
+        limit = self.config.training.max_grad_norm or math.inf
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.state.step, self.config.training.steps)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, grad_norm, lr
+
+    def _evaluate(self) -> dict[str, float]:
+        with self.clock.paused():
+            return self.evaluator.evaluate(self.model, self.world.device)
+
+    def _training_values(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
+        """The values of a record of this step; waits for the device."""
+        config, world = self.config, self.world
+        cross_entropy, z_loss = world.mean(loss).tolist()
+        norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
+        values = {
+            "train/loss": cross_entropy,
+            "train/z_loss": z_loss,
+            "train/grad_norm": norm.item(),
+            "train/lr": lr,
+        }
+        seconds = self.clock.lap(self.state.step)
+        rate = config.training.global_batch_size * config.data.sequence_length / seconds
+        values["throughput/tokens_per_second"] = rate
+        if self.peak is not None:
+            flops = training_flops_per_token(config.model, config.data.sequence_length)
+            values["throughput/mfu"] = rate * flops / (self.peak * world.size)
+        values["memory/peak_gb"] = self._peak_memory() / 1e9
+        values["time/elapsed_seconds"] = self.clock.elapsed
+        return values
+
+    def _peak_memory(self) -> int:
+        """Bytes: of the device's allocator, or of this process on a CPU."""
+        if self.world.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _record(self, values: dict[str, float]) -> None:
+        if not self.world.is_main:
+            return
+        record = self.log.append(self.state.step, self.state.tokens, values)
+        self.tracker.log(record)
+        remaining = self.clock.remaining(self.last_step - self.state.step)
+        self.console.progress(record, remaining)
+
+    def _save(self) -> None:
+        with self.clock.paused():
+            begin = time.perf_counter()
+            path = save_checkpoint(
+                self.run_dir, self.model, self.optimizer, self.state, self.world, self.config.checkpoint.keep
+            )
+            if self.world.is_main:
+                size = sum(file.stat().st_size for file in path.iterdir())
+                seconds = time.perf_counter() - begin
+                self.console.say(f"checkpoint {path} | {size / 1e6:,.1f} MB in {seconds:.1f} s")
+
+    def _finish(self) -> None:
+        """After the last step of this process: a checkpoint where a signal asked for it, curves, summary."""
+        state = self.state
+        if state.step < self.last_step and state.step > 0:
+            self._save()
+        if not self.world.is_main:
+            return
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        for record in read_metrics(self.log.path):
+            losses = {key: value for key, value in record.items() if key.endswith("/loss")}
+            first, last = losses | first, last | losses
+        summary = {
+            "name": self.config.run.name,
+            "steps": self.config.training.steps,
+            "stopped_at": state.step,
+            "tokens": state.tokens,
+            "parameters": count_parameters(self.config.model).total,
+            **last,
+        }
+        write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
+        picture = draw_curves(self.run_dir)
+        for key in last:
+            self.console.say(f"{key:<34}{first[key]:8.4f} to {last[key]:8.4f}")
+        self.console.say(f"run     {self.run_dir} | {state.step:,} of {self.config.training.steps:,} steps")
+        self.console.say(f"curves  {picture}")
+        if state.step < self.config.training.steps:
+            self.console.say(f"to continue: {_continue_command()}")
+
+    def _build_data(self) -> None:
+        config, world = self.config, self.world
+        dataset = TokenDataset(Path(config.data.path) / "train", config.data.sequence_length)
+        self.fingerprint = dataset.manifest.fingerprint
+        order = InstanceOrder(config.training.seed, len(dataset))
+        self.loader = BatchLoader(
+            dataset,
+            order,
+            config.training.global_batch_size,
+            config.training.micro_batch_size,
+            world.rank,
+            world.size,
+        )
+        self.evaluator = PerplexityEvaluator(
+            config.data.path,
+            config.data.sequence_length,
+            instances=config.evaluation.instances,
+            micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            reduce=world.sum,
+        )
+        wanted = config.training.steps * config.training.global_batch_size
+        self.console.say(
+            f"data {config.data.path} | {format_count(dataset.manifest.tokens)} tokens, {len(dataset):,} instances "
+            f"| the whole run reads {wanted:,} ({wanted / len(dataset):.2f} epochs)"
+        )
+
+    def _build_model(self) -> None:
+        config, world = self.config, self.world
+        precision = config.training.precision
+        bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
+        compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        if world.is_main:
+            held = memory(
+                config.model,
+                config.training.micro_batch_size,
+                config.data.sequence_length,
+                world_size=world.size,
+                compute_dtype=compute_dtype,
+                activation_checkpointing=config.parallel.activation_checkpointing,
+            )
+            self.console.say(f"model {config.model.name}\n{describe(config.model, config.data.sequence_length, held)}")
+        with torch.device("meta"):
+            model = Decoder(config.model)
+        self.model = parallelize(
+            model,
+            world.mesh,
+            compute_dtype=compute_dtype,
+            activation_checkpointing=config.parallel.activation_checkpointing,
+            reshard_after_forward=config.parallel.reshard_after_forward,
+        )
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        cuda = world.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name()) if cuda and bf16 else None
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
+
+    def _restore(self, checkpoint: Path | None) -> None:
+        """Weights, optimizer and state of the checkpoint, or of step 0."""
+        config = self.config
+        torch.manual_seed(config.training.seed)
+        if checkpoint is None:
+            initialize(self.model, config.training.seed)
+            self.state = TrainState()
+        else:
+            self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
+            if checkpoint.parents[1] != self.run_dir:
+                self.state.wandb_run_id = None  # a new run that begins with another's weights
+            self.console.say(f"continuing {checkpoint} at step {self.state.step}")
+        self.state.data = self.fingerprint
+        self.state.world_size = self.world.size
+        self.state.config = resolved(config)
+
+    def _open_run_directory(self) -> None:
+        """On the main rank: configuration, versions, metrics up to the checkpoint, wandb."""
+        config = self.config
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
+        record_versions(self.run_dir, self.world, self.state.step)
+        self.log = MetricsLog(self.run_dir / "metrics.jsonl")
+        self.log.rewind(self.state.step if self.state.step > 0 else -1)
+        self.tracker = WandbTracker(
+            config.logging.wandb,
+            config.run.name,
+            self.run_dir,
+            resolved(config),
+            self.state.wandb_run_id or previous_run_id(self.run_dir),
+            read_metrics(self.log.path),
+        )
+        self.state.wandb_run_id = self.tracker.run_id
+
+
+def _continue_command() -> str:
+    """The command of this process, free to go on to the last step of the schedule."""
+    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
+    launcher = Path(sys.executable).name
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+    return shlex.join([*launcher.split(), *arguments, "training.stop_at=null"])

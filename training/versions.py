@@ -1,0 +1,68 @@
+"""What a run was made with: package versions, commit, machine. One entry each time the run was started or continued."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.shards import write_atomically
+from training.distributed import World
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "tokenizers", "hydra-core", "wandb", "numpy", "flash-attn")
+
+
+def record_versions(run_dir: Path, world: World, step: int) -> None:
+    """Append an entry to `versions.json`: a list, oldest first; a damaged file begins anew."""
+    path = run_dir / "versions.json"
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        entries = []
+    entries.append(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "step": step,
+            "command": " ".join(sys.argv),
+            "commit": commit(),
+            "python": platform.python_version(),
+            "packages": {name: found for name in PACKAGES if (found := _version(name))},
+            "cuda": torch.version.cuda,
+            "ranks": world.size,
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
+            "host": platform.node(),
+        }
+    )
+    write_atomically(path, json.dumps(entries, indent=1).encode())
+
+
+def commit() -> dict[str, Any] | None:
+    """Hash of the code's commit and whether files differ from it; None outside a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {
+            "hash": git("rev-parse", "HEAD"),
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
