@@ -179,20 +179,29 @@ def describe(config: ModelConfig, sequence_length: int, held: Memory) -> str:
     """A table of all of the above, printed before the first step."""
     parameters, flops = count_parameters(config), forward_flops(config, sequence_length)
     rows = [
-        ("parameters", f"{parameters.total / 1e6:,.2f} M"),
-        ("  embedding", f"{parameters.embedding / 1e6:,.2f} M{' (tied)' if config.tie_embeddings else ' (and head)'}"),
-        ("  slot projections", f"{parameters.slot_projections / 1e6:,.2f} M"),
+        ("parameters", _scaled(parameters.total)),
         (
-            f"forward of {sequence_length} tokens",
-            f"{flops.full / 1e12:,.4g} TFLOP full, {flops.causal / 1e12:,.4g} causal",
+            "  embedding",
+            _scaled(parameters.embedding) + (" (tied)" if config.tie_embeddings else " (and as many, head)"),
         ),
-        ("  projections", f"{flops.matmul / 1e12:,.4g} TFLOP"),
-        ("  attention", f"{flops.attention_full / 1e12:,.4g} TFLOP full, {flops.attention_causal / 1e12:,.4g} causal"),
-        ("  depth reads", f"{flops.depth / 1e12:,.4g} TFLOP, {slots_read(config):,} slots a token"),
-        ("training", f"{training_flops_per_token(config, sequence_length) / 1e9:,.4g} GFLOP a token (full)"),
-        ("memory of a rank", f"{held.total / 1e9:,.2f} GB and transient buffers"),
-        ("  weights, gradients", f"{(held.weights + held.gradients) / 1e9:,.2f} GB"),
-        ("  optimizer", f"{held.optimizer / 1e9:,.2f} GB"),
-        ("  activations", f"{held.activations / 1e9:,.2f} GB a micro-batch"),
+        ("  slot projections", _scaled(parameters.slot_projections)),
+        (f"forward of {sequence_length} tokens", f"{_scaled(flops.full, 'FLOP')} full, {_scaled(flops.causal)} causal"),
+        ("  projections", _scaled(flops.matmul, "FLOP")),
+        ("  attention", f"{_scaled(flops.attention_full, 'FLOP')} full, {_scaled(flops.attention_causal)} causal"),
+        ("  depth reads", f"{_scaled(flops.depth, 'FLOP')}, {slots_read(config):,} slots a token"),
+        ("training", f"{_scaled(training_flops_per_token(config, sequence_length), 'FLOP')} a token (full)"),
+        ("memory of a rank", f"{_scaled(held.total, 'B')}, transient buffers on top"),
+        ("  weights, gradients", _scaled(held.weights + held.gradients, "B")),
+        ("  optimizer", _scaled(held.optimizer, "B")),
+        ("  activations", f"{_scaled(held.activations, 'B')} a micro-batch"),
     ]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)
+
+
+def _scaled(value: float, unit: str = "") -> str:
+    """Four significant digits with a prefix: 705.8 M, 8.275 TFLOP."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if value < 999.95 or prefix == "P":
+            break
+        value /= 1000
+    return f"{value:.4g} {prefix}{unit}".rstrip()

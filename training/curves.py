@@ -152,13 +152,17 @@ def count_ticks(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(show))
 
 
+FEW_POINTS = 8
+
+
 def limit_losses(axes: Axes, lines: Sequence[Series], share: float = 0.04) -> None:
     """Let a loss axis begin below the first fall, where that takes a few steps and would flatten all that follows.
 
-    The top is then the highest value after the first `share` of each line's tokens, so a later spike is still seen.
+    The top is then the highest value after the first `share` of each line's tokens, so a later spike is still seen. A
+    line of few points is a short run, whose first fall is what there is to see.
     """
     lines = [line for line in lines if len(line)]
-    if not lines:
+    if not lines or min(map(len, lines)) < FEW_POINTS:
         return
     shown = [line.values[line.tokens >= share * line.tokens[-1]] for line in lines]
     low, high = min(v.min() for v in shown), max(v.max() for v in shown)

@@ -133,5 +133,5 @@ def test_peak_is_known_for_named_devices_and_none_for_others():
 def test_the_table_shows_the_counts():
     config = ModelConfig(**FFN)
     text = describe(config, 4096, memory(small(**FFN), 1, 16))
-    for words in ("705.7", "36.7", "1,260 slots", "8.275 TFLOP full"):
+    for words in ("705.8 M", "36.72 M", "1,260 slots", "8.275 TFLOP full"):
         assert words in text, text
