@@ -66,13 +66,14 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def read_state(path: Path) -> TrainState:
-    """The small state of a checkpoint. Raises ConfigError when `path` is none, or not a whole one."""
+def read_state(path: Path, key: str = "") -> TrainState:
+    """The small state of a checkpoint. Raises ConfigError, naming the `key` that gave `path`, when it is not whole."""
     try:
         return TrainState(**json.loads((path / MARKER).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ConfigError(
-            f"checkpoint.resume={path} is no whole checkpoint (it has no {MARKER}): give a folder checkpoints/step-N."
+            f"{key}{'=' if key else ''}{path} is no whole checkpoint (it has no {MARKER}): "
+            "give a folder checkpoints/step-N."
         ) from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path / MARKER} is damaged ({error}): resume from another checkpoint.") from error

@@ -14,7 +14,7 @@ import difflib
 import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import EnumType
 from pathlib import Path
@@ -105,7 +105,15 @@ def load_config(path: str | Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give the directory of a run, which holds a config.yaml.")
     try:
-        return _to_config(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+        return _typed(OmegaConf.load(path))
+    except (ConfigError, *_COMPOSITION_ERRORS) as error:
+        raise ConfigError(f"{path}: {_explained(error)}") from error
+
+
+def config_of_checkpoint(path: Path, state: Mapping[str, Any]) -> Config:
+    """The configuration that the checkpoint in `path` holds as nested mappings. Raises `ConfigError`."""
+    try:
+        return _typed(OmegaConf.create(dict(state)))
     except (ConfigError, *_COMPOSITION_ERRORS) as error:
         raise ConfigError(f"{path}: {_explained(error)}") from error
 
@@ -246,6 +254,10 @@ def _values(override: Override) -> list[str]:
     if not override.is_discrete_sweep():
         raise ConfigError(f"{override.input_line} is not a list of values: use a,b,c or range(...) or choice(...).")
     return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+
+
+def _typed(sections: Any) -> Config:
+    return _to_config(OmegaConf.merge(OmegaConf.structured(Config), sections))
 
 
 def _to_config(composed: Any) -> Config:

@@ -35,6 +35,12 @@ class World:
         """Whether this process writes files and speaks."""
         return self.rank == 0
 
+    def compute_dtype(self, precision: str) -> torch.dtype:
+        """The dtype that `training.precision` means here: auto is bf16 on a GPU and fp32 on a CPU."""
+        if precision == "auto":
+            precision = "bf16" if self.device.type == "cuda" else "fp32"
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         values = [value]

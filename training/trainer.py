@@ -75,7 +75,7 @@ def choose_checkpoint(config: Config) -> Path | None:
     path = found[-1].absolute() if found else None
     if resume != "auto":
         given = Path(resume).absolute()
-        read_state(given)
+        read_state(given, "checkpoint.resume")
         if path is None:
             path = given
         elif path != given and path.parent == given.parent:
@@ -267,9 +267,7 @@ class Trainer:
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
-        precision = config.training.precision
-        bf16 = precision == "bf16" or (precision == "auto" and world.device.type == "cuda")
-        compute_dtype = torch.bfloat16 if bf16 else torch.float32
+        compute_dtype = world.compute_dtype(config.training.precision)
         if world.is_main:
             held = memory(
                 config.model,
@@ -290,10 +288,11 @@ class Trainer:
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        cuda = world.device.type == "cuda"
-        self.peak = peak_flops(torch.cuda.get_device_name()) if cuda and bf16 else None
-        if cuda:
+        self.peak = None
+        if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
+            if compute_dtype == torch.bfloat16:
+                self.peak = peak_flops(torch.cuda.get_device_name())
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Weights, optimizer and state of the checkpoint, or of step 0."""

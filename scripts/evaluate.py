@@ -1,0 +1,108 @@
+"""Validation loss by domain of a checkpoint: `python scripts/evaluate.py runs/NAME` (or runs/NAME/checkpoints/step-N).
+
+In: a checkpoint, and by default the shards and instances that its run was validated on. Out: a table, and the numbers
+as JSON on request. On one process or, with torchrun, on several; the numbers are those of the training loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from data.shards import DataError, read_manifest, validation_domains
+from eval.perplexity import PerplexityEvaluator
+from models.config import ConfigError
+from models.decoder import Decoder
+from models.parallelize import parallelize
+from training.checkpoint import find_checkpoints, load_checkpoint, read_state
+from training.compose import config_of_checkpoint
+from training.distributed import distributed_world
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate as the command line says. Returns the exit status: 0, or 2 for something that cannot be evaluated."""
+    parser = argparse.ArgumentParser(description="Validation loss, perplexity and bits per byte of a checkpoint.")
+    parser.add_argument("checkpoint", type=Path, help="runs/NAME/checkpoints/step-N, or runs/NAME for its newest")
+    parser.add_argument("--data", help="shards directory (default: that of the run)")
+    parser.add_argument("--instances", type=int, help="of each domain, 0 for all (default: as in the run)")
+    parser.add_argument(
+        "--micro-batch-size", type=int, help="instances a rank computes at a time (default: as in the run)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args(arguments)
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        metrics = evaluate(options)
+    except (ConfigError, DataError) as error:
+        if speaks:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    if speaks:
+        print(table(metrics))
+        if options.json is not None:
+            options.json.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, float]:
+    """The metrics of `eval.perplexity`, with the step of the checkpoint. Raises ConfigError or DataError."""
+    checkpoint = newest(options.checkpoint)
+    state = read_state(checkpoint)
+    config = config_of_checkpoint(checkpoint, state.config)
+    shards = options.data or config.data.path
+    instances = config.evaluation.instances if options.instances is None else options.instances or None
+    size = options.micro_batch_size or config.evaluation.micro_batch_size or config.training.micro_batch_size
+    if not validation_domains(shards):
+        raise DataError(f"{shards} has no validation domains: name a prepared shards directory with --data.")
+    for domain in validation_domains(shards):
+        ids = read_manifest(Path(shards) / "validation" / domain).vocab_size
+        if ids > config.model.padded_vocab_size:
+            raise DataError(
+                f"{shards} was tokenized with {ids} ids and the model has {config.model.padded_vocab_size}: "
+                "name shards of the run's tokenizer with --data."
+            )
+    with distributed_world(options.device) as world:
+        evaluator = PerplexityEvaluator(
+            shards,
+            config.data.sequence_length,
+            instances=instances,
+            micro_batch_size=size,
+            rank=world.rank,
+            world_size=world.size,
+            reduce=world.sum,
+        )
+        with torch.device("meta"):
+            model = Decoder(config.model)
+        model = parallelize(model, world.mesh, compute_dtype=world.compute_dtype(config.training.precision))
+        load_checkpoint(checkpoint, model, None, world)
+        return {"step": state.step} | evaluator.evaluate(model, world.device)
+
+
+def newest(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the newest one of the run in it."""
+    found = find_checkpoints(path)
+    return found[-1] if found else path
+
+
+def table(metrics: dict[str, float]) -> str:
+    """A row a domain, aligned."""
+    names = ("loss", "perplexity", "bits_per_byte")
+    domains = [key.split("/")[1] for key in metrics if key.endswith("/loss")]
+    head = f"step {metrics['step']:,}"
+    rows = [f"{head:<24}" + "".join(f"{name:>15}" for name in names)]
+    for domain in domains:
+        values = [metrics.get(f"validation/{domain}/{name}") for name in names]
+        rows.append(f"{domain:<24}" + "".join(" " * 15 if value is None else f"{value:15.4f}" for value in values))
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

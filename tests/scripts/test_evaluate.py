@@ -1,0 +1,50 @@
+"""scripts/evaluate.py gives the numbers of the training loop, and refuses what it cannot read."""
+
+import json
+
+import pytest
+
+from scripts.evaluate import main
+from tests.shards import tiny_config, write_shards
+from training.metrics import read_metrics
+from training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def run_dir(shards, tmp_path_factory):
+    config = tiny_config(shards, tmp_path_factory.mktemp("runs") / "run")
+    config.training.steps = 12
+    train(config)
+    return tmp_path_factory.getbasetemp() / config.run.dir
+
+
+@pytest.mark.parametrize(("which", "step"), [("", 12), ("checkpoints/step-10", 10)])
+def test_the_numbers_are_those_of_the_loop(run_dir, tmp_path, capsys, which, step):
+    assert main([str(run_dir / which), "--device", "cpu", "--json", str(tmp_path / "numbers.json")]) == 0
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    record = next(r for r in read_metrics(run_dir / "metrics.jsonl") if r["step"] == step)
+    expected = {key: value for key, value in record.items() if key.startswith("validation/")}
+    assert numbers == {"step": step, **expected}
+    assert f"{expected['validation/odd/bits_per_byte']:.4f}" in capsys.readouterr().out
+
+
+def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, capsys):
+    other = write_shards(tmp_path / "other", seed=5)
+    for arguments in (["--instances", "0"], ["--data", str(other)]):
+        assert main([str(run_dir), "--device", "cpu", *arguments]) == 0
+    first, second = capsys.readouterr().out.split("step 12")[1:]
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/nowhere"], "/nowhere is no whole checkpoint"),
+        (["{run}", "--data", "/nowhere"], "/nowhere has no validation domains"),
+        (["{run}", "--data", "{large}"], "tokenized with 500 ids and the model has 128"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_sentence(run_dir, tmp_path, capsys, arguments, words):
+    large = write_shards(tmp_path / "large", vocab=500)
+    assert main([a.format(run=run_dir, large=large) for a in arguments]) == 2
+    assert words in capsys.readouterr().err
