@@ -10,9 +10,9 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moda import reference
+from moda.first_order import first_order
 
 BACKENDS = ("auto", "reference")
 
@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
         return out, lse_out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, do, _):
         q, k, v, depth_k, depth_v, out, lse, cu_seqlens = ctx.saved_tensors
         delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
@@ -141,6 +141,8 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
             "cu_seqlens must hold integers [documents + 1] from 0 to batch * time, "
             f"got shape {tuple(cu_seqlens.shape)}, dtype {cu_seqlens.dtype}."
         )
+    if cu_seqlens is not None and cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}.")
     if cu_seqlens is not None and not cu_seqlens.is_cuda:  # reading values on a GPU would stall its queue
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != q.shape[0] * q.shape[1] or sorted(ends) != ends:

@@ -5,17 +5,17 @@ In: each layer's K and V. Out: attention over the sequence and over the slots of
 Storage is O(layers): one slot-major buffer a forward pass, written once and read in place. A pass is a *lease* of
 that storage, opened by `start` and named by a handle, a tensor of zero bytes that blocks take and return. Every write
 and read returns the next handle, so autograd runs their backwards in exactly the reverse order: the backward of a write
-comes after the backward of every later read. The number of a lease is the handle's shape, which is known on the host
-without a synchronisation and survives whatever a wrapper (FSDP2, checkpointing, dtype casts) does to a tensor.
+comes after the backward of every later read. A handle's shape is [number of the lease, operations so far, 0]: known on
+the host without a synchronisation, and left alone by whatever a wrapper (FSDP2, checkpointing, casts) does to a tensor.
 
 Gradients are pulled. The backward of a read computes the gradients of its own q, k, v only and leaves (q, do, lse,
 delta) behind; the backward of a write sums over the readers that came after it. Nothing is accumulated in memory, and
-no operator returns a gradient for another layer's slot. What readers leave is valid within one backward pass only: it
-carries the number of autograd's graph task and is ignored by any other.
+no operator returns a gradient for another layer's slot. What readers leave belongs to one backward pass: it is kept
+under the number of autograd's graph task, unseen by any other (nested, interrupted, of another thread), to its end.
 
-The lease belongs to the graph: to autograd's node of `start`, which every handle reaches. It is emptied when a backward
-pass that does not retain the graph ends, and freed with the graph otherwise; the caching allocator is the pool that the
-next pass takes it from. Without gradients, nothing but slots is kept, until `finish`.
+The lease belongs to the graph: to autograd's node of `start`, which every handle reaches. A backward pass that goes all
+the way to it and does not retain the graph empties it; else it is freed with the graph. The caching allocator is the
+pool that the next pass takes it from. Without gradients, nothing but slots is kept, until `finish`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from moda import reference
 from moda.attention import check_backend, check_sequence
+from moda.first_order import first_order
 
 
 @dataclass
 class _Reader:
-    """What one layer's read leaves in its backward for the slots it has read."""
+    """What one layer's read leaves in its backward for the slots it has read; detached, or it would own its graph."""
 
     q: Tensor  # [batch, time, query_heads, head_dim]
     do: Tensor  # like q
@@ -51,9 +51,10 @@ class _Lease:
     records_grad: bool
     keys: Tensor | None  # [slots, batch, time, kv_heads, head_dim]
     values: Tensor | None
+    operations: int = 0  # writes and reads of the forward pass so far
     written: set[int] = field(default_factory=set)  # slots
-    readers: dict[int, _Reader] = field(default_factory=dict)  # layer: what its backward left
-    graph_task: int = -1  # the backward pass that `readers` belong to
+    read: set[int] = field(default_factory=set)  # layers
+    readers: dict[int, dict[int, _Reader]] = field(default_factory=dict)  # graph task: layer: what its backward left
 
     def storage(self) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
@@ -66,20 +67,37 @@ class _Lease:
     def leave(self, layer: int, reader: _Reader) -> None:
         """Keep what the read of `layer` leaves for the writes below it."""
         task = torch._C._current_graph_task_id()
-        if task != self.graph_task:
-            self.readers.clear()
-            self.graph_task = task
-        self.readers[layer] = reader
+        if task not in self.readers:
+            self.readers[task] = {}
+
+            def forget() -> None:
+                self.readers.pop(task, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward pass ends
+        self.readers[task][layer] = reader
 
     def finished_readers(self) -> dict[int, _Reader]:
         """Readers whose backward has run in the present backward pass."""
-        return self.readers if self.graph_task == torch._C._current_graph_task_id() else {}
+        return self.readers.get(torch._C._current_graph_task_id(), {})
 
     def end_backward(self) -> None:
-        """The whole graph has been gone through: forget the readers, and free the slots unless the graph is kept."""
-        self.readers.clear()
+        """The whole graph has been gone through: free the slots unless the graph is kept."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.keys = self.values = None
+
+
+_numbers = itertools.count()  # of leases: one sequence for all streams, so that a handle never fits another's
+
+
+def _in_backward() -> bool:
+    """Whether autograd runs on this thread: a forward operation is then the recomputation of a checkpointed block."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _next_handle(handle: Tensor, lease: _Lease) -> Tensor:
+    operations = handle.shape[1] + 1
+    lease.operations = max(lease.operations, operations)  # a recomputation goes through the numbers again
+    return handle.new_empty(lease.number, operations, 0)
 
 
 def _without_view(storage: Tensor, index: int) -> Tensor:
@@ -141,7 +159,6 @@ class DepthStream:
         self.slot_shape = (batch, time, num_kv_heads, head_dim)
         self.dtype, self.device = dtype, torch.device(device)
         self.recent_layers, self.first_layers = recent_layers, first_layers
-        self._numbers = itertools.count()
         self._leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()
         self._without_grad: dict[int, _Lease] = {}  # passes that no graph keeps alive
 
@@ -150,7 +167,8 @@ class DepthStream:
         """Bytes that the live passes hold: slots, and what readers have left for pulled gradients."""
         held: dict[int, int] = {}
         for lease in list(self._leases.values()):
-            left = [t for r in lease.readers.values() for t in (r.q, r.do, r.lse, r.delta)]
+            readers = [reader for left in list(lease.readers.values()) for reader in left.values()]
+            left = [t for r in readers for t in (r.q, r.do, r.lse, r.delta)]
             for tensor in [lease.keys, lease.values, *left]:
                 if tensor is not None:
                     held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -171,38 +189,39 @@ class DepthStream:
     @torch.compiler.disable
     def start(self) -> Tensor:
         """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it)."""
-        number = next(self._numbers)
+        number = next(_numbers)
         shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         lease = _Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
         self._leases[number] = lease
         if not lease.records_grad:
             self._without_grad[number] = lease
-        anchor = torch.empty(number, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
+        anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
         return _Start.apply(anchor, lease)
 
     @torch.compiler.disable
     def write(self, handle: Tensor, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v [batch, time, kv_heads, head_dim] to a slot of `layer` (0: attention, 1: FFN).
 
-        Returns k and v as they stand in the slot, for sequence attention to read, and the next handle. Their backward
-        returns the gradients that reach them by the sequence and by every layer that has read the slot.
+        Returns k and v as they stand in the slot, for sequence attention to read (never to be changed in place), and
+        the next handle. Their backward returns the gradients that reach them by the sequence and by every layer that
+        has read the slot.
 
-        Raises ValueError for shapes, dtypes or numbers that do not fit the stream, RuntimeError for a stale handle.
+        Raises ValueError for shapes, dtypes or numbers that do not fit the stream, RuntimeError for a handle that is
+        not the newest of its pass or a slot that is written already.
         """
         lease = self._lease(handle)
-        if not 0 <= layer < self.num_layers or not 0 <= slot < self.slots_per_layer:
-            raise ValueError(
-                f"layer={layer}, slot={slot} is outside the stream: it has {self.num_layers} layers "
-                f"of {self.slots_per_layer} slots."
-            )
+        self._check_place(layer, slot)
+        index = layer * self.slots_per_layer + slot
+        if index in lease.written and not _in_backward():
+            raise RuntimeError(f"Slot {slot} of layer {layer} is written already in this pass: a slot is written once.")
         if k.shape != self.slot_shape or v.shape != self.slot_shape:
             raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}.")
         if not k.dtype == v.dtype == self.dtype or not k.device == v.device == lease.storage()[0].device:
             raise ValueError(
                 f"k ({k.dtype}, {k.device}) and v ({v.dtype}, {v.device}) must be {self.dtype} on {self.device}."
             )
-        return _Write.apply(handle, k, v, self, lease, layer, layer * self.slots_per_layer + slot)
+        return _Write.apply(handle, k, v, self, lease, layer, index)
 
     @torch.compiler.disable
     def attend(
@@ -220,11 +239,15 @@ class DepthStream:
         """Attention of `layer` over its sequence and the slots of the layers before it; shapes as `moda.attention`.
 
         Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError for arguments
-        that do not fit, RuntimeError for a stale handle or a slot that was never written.
+        that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one layer, or a
+        slot that was never written.
         """
         check_backend(backend)
         check_sequence(q, k, v, cu_seqlens)
         lease = self._lease(handle)
+        self._check_place(layer, 0)
+        if layer in lease.read and not _in_backward():
+            raise RuntimeError(f"Layer {layer} has read already in this pass: a layer reads once.")
         if k.shape != self.slot_shape or k.dtype != self.dtype:
             raise ValueError(f"k ({tuple(k.shape)}, {k.dtype}) must have the stream's {self.slot_shape}, {self.dtype}.")
         for start, stop in self.read_ranges(layer):
@@ -244,10 +267,24 @@ class DepthStream:
         self._without_grad.pop(lease.number, None)
         return _Finish.apply(handle, x)
 
+    def _check_place(self, layer: int, slot: int) -> None:
+        if not 0 <= layer < self.num_layers or not 0 <= slot < self.slots_per_layer:
+            raise ValueError(
+                f"layer={layer}, slot={slot} is outside the stream: it has {self.num_layers} layers "
+                f"of {self.slots_per_layer} slots."
+            )
+
     def _lease(self, handle: Tensor) -> _Lease:
         lease = self._leases.get(handle.shape[0])
         if lease is None:
-            raise RuntimeError("This handle belongs to a pass that has ended: call start() for a new one.")
+            raise RuntimeError(
+                "This handle belongs to another stream, or to a pass that has ended: call start() for a new one."
+            )
+        if handle.shape[1] != lease.operations and not _in_backward():
+            raise RuntimeError(
+                f"This handle was returned by operation {handle.shape[1]} of its pass, which has come to "
+                f"{lease.operations}: give every operation the handle that the one before it returned."
+            )
         if lease.records_grad != torch.is_grad_enabled():
             started, now = ("on", "off") if lease.records_grad else ("off", "on")
             raise RuntimeError(
@@ -263,10 +300,10 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, lease):
         ctx.lease = lease
-        return torch.empty_like(anchor)
+        return anchor.new_empty(anchor.shape)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, _):
         ctx.lease.end_backward()
         return None, None
@@ -283,25 +320,24 @@ class _Write(torch.autograd.Function):
         slot_k.copy_(k)
         slot_v.copy_(v)
         lease.written.add(slot)
-        ctx.stream, ctx.lease, ctx.layer, ctx.slot = stream, lease, layer, slot
-        return slot_k, slot_v, torch.empty_like(handle)
+        ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape
+        return slot_k, slot_v, _next_handle(handle, lease)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dk, dv, dhandle):
         keys, values = ctx.lease.storage()
         k, v = keys[ctx.slot], values[ctx.slot]
-        # Both sums run in the accumulation dtype and are rounded once.
         dtype = reference.accumulation_dtype(k.dtype)
         dk = torch.zeros_like(k, dtype=dtype) if dk is None else dk.to(dtype)
         dv = torch.zeros_like(v, dtype=dtype) if dv is None else dv.to(dtype)
-        for layer, reader in ctx.lease.finished_readers().items():
+        for layer, reader in list(ctx.lease.finished_readers().items()):
             if ctx.stream.reads(layer, ctx.layer):
                 read_dk, read_dv = reference.depth_backward_slots(
                     reader.do, reader.q, k[None], v[None], reader.lse, reader.delta, reader.scale
                 )
                 dk, dv = dk + read_dk[0], dv + read_dv[0]
-        return dhandle, dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        return k.new_empty(ctx.handle_shape), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 class _Attend(torch.autograd.Function):
@@ -315,23 +351,34 @@ class _Attend(torch.autograd.Function):
         for start, stop in stream.read_ranges(layer):
             o, lse = reference.depth_forward(q, keys[start:stop], values[start:stop], o, lse, scale)
         out = o.to(q.dtype)
+        lease.read.add(layer)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.stream, ctx.lease, ctx.layer, ctx.scale = stream, lease, layer, scale
-        return out, torch.empty_like(handle)
+        ctx.stream, ctx.lease, ctx.layer, ctx.scale, ctx.handle_shape = stream, lease, layer, scale, handle.shape
+        return out, _next_handle(handle, lease)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, do, dhandle):
         if do is None:  # the output is not part of the loss
-            return dhandle, *[None] * 8
+            return dhandle if dhandle is None else dhandle.new_empty(ctx.handle_shape), *[None] * 8
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         keys, values = ctx.lease.storage()
         delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         dq, dk, dv = reference.sequence_backward(do, q, k, v, lse, delta, ctx.scale, cu_seqlens)
         for start, stop in ctx.stream.read_ranges(ctx.layer):
             dq = dq + reference.depth_backward_query(do, q, keys[start:stop], values[start:stop], lse, delta, ctx.scale)
-        ctx.lease.leave(ctx.layer, _Reader(q, do, lse, delta, ctx.scale))
-        return dhandle, dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        ctx.lease.leave(ctx.layer, _Reader(q.detach(), do.detach(), lse, delta, ctx.scale))
+        return (
+            do.new_empty(ctx.handle_shape),
+            dq.to(q.dtype),
+            dk.to(k.dtype),
+            dv.to(v.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _Finish(torch.autograd.Function):
@@ -343,6 +390,6 @@ class _Finish(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, dx):
-        return dx.new_zeros(ctx.handle_shape), dx
+        return dx.new_empty(ctx.handle_shape), dx

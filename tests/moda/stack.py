@@ -22,10 +22,10 @@ class Layer(nn.Module):
     def split(self, kv):
         return kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
 
-    def forward(self, x, handle, stream, layer):
+    def forward(self, x, handle, stream, layer, **options):
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
         k, v, handle = stream.write(handle, layer, 0, *self.split(self.kv(x)))
-        out, handle = stream.attend(handle, layer, q, k, v)
+        out, handle = stream.attend(handle, layer, q, k, v, **options)
         x = x + self.out(out.flatten(2))
         if stream.slots_per_layer == 2:
             _, _, handle = stream.write(handle, layer, 1, *self.split(self.slot(x)))
@@ -55,17 +55,17 @@ class Stack(nn.Module):
             **self.bounds,
         )
 
-    def forward(self, x, stream=None, call=None, stop=None):
+    def forward(self, x, stream=None, call=None, stop=None, **options):
         """`call` wraps a layer (checkpointing); `stop` returns after that many layers, before `finish`."""
         stream = stream or self.stream(x)
         handle = stream.start()
         for layer, block in enumerate(self.layers):
-            x, handle = call(block, x, handle, stream, layer) if call else block(x, handle, stream, layer)
+            x, handle = call(block, x, handle, stream, layer) if call else block(x, handle, stream, layer, **options)
             if layer + 1 == stop:
                 return x
         return stream.finish(handle, x)
 
-    def definition(self, x, stop=None):
+    def definition(self, x, stop=None, **options):
         recent, first = self.bounds.get("recent_layers"), self.bounds.get("first_layers", 0)
         slots = []
         for layer, block in enumerate(self.layers):
@@ -74,7 +74,7 @@ class Stack(nn.Module):
             depth = (torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])) if pairs else ()
             k, v = block.split(block.kv(x))
             q = block.q(x).unflatten(-1, (-1, block.head_dim))
-            out, _ = reference.definition(q, k, v, *depth)
+            out, _ = reference.definition(q, k, v, *depth, **options)
             x = x + block.out(out.flatten(2))
             slots.append([(k, v)] + ([tuple(block.split(block.slot(x)))] if self.slots_per_layer == 2 else []))
             x = x + torch.tanh(block.ffn(x))

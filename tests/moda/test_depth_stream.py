@@ -1,6 +1,7 @@
 """The depth stream against the plain definition in float64 (relative 1e-9): values, gradients, lifetimes, misuse."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import moda
 from tests.moda.stack import Stack, assert_equal_gradients, loss_of, random_input
 
+SLOT = torch.zeros(1, 4, 2, 8)
 BOUNDS = [{}, {"recent_layers": 2}, {"recent_layers": 1, "first_layers": 2}, {"recent_layers": 9, "first_layers": 1}]
 
 
@@ -228,6 +230,107 @@ def test_without_gradients_only_slots_are_kept_and_finish_frees_them():
     assert stream.nbytes == 0
 
 
+def test_scale_and_documents_reach_forward_and_both_backwards():
+    stack, x = Stack(), random_input(batch=2, time=7)
+    options = {"scale": 0.7, "cu_seqlens": torch.tensor([0, 3, 7, 8, 14])}
+    out, expected = stack(x, **options), stack.definition(x, **options)
+    torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-12)
+    assert_equal_gradients(stack.gradients(loss_of(out)), stack.gradients(loss_of(expected)))
+
+
+def test_bf16_slots_lose_no_more_than_their_rounding():
+    """Every tensor is rounded to bf16 (relative 2^-9); sums run in fp32, or six layers would lose far more."""
+    wide, narrow, x = Stack(), Stack().bfloat16(), random_input(time=64)
+    wide.load_state_dict(narrow.state_dict())
+    got = narrow.gradients(loss_of(narrow(x.bfloat16()).double()))
+    want = wide.gradients(loss_of(wide.definition(x.bfloat16().double())))
+    norm = torch.stack([w.norm() for w in want]).norm()
+    error = torch.stack([(g.double() - w).norm() for g, w in zip(got, want, strict=True)]).norm() / norm
+    assert error < 8e-3
+
+
+def test_a_backward_inside_a_backward_leaves_the_outer_one_exact():
+    """A hook that takes gradients through the same graph, as gradient-norm probes do."""
+    stack, x = Stack(), random_input()
+    inputs = []
+
+    def call(block, *args):
+        inputs.append(args[0])
+        return block(*args)
+
+    loss = loss_of(stack(x, call=call))
+    inner, entered = [], []
+
+    def probe(_):
+        if not entered:  # the probe's own backward comes by here too
+            entered.append(True)
+            inner.append(stack.gradients(loss, retain_graph=True))
+
+    inputs[3].register_hook(probe)
+    outer = stack.gradients(loss, retain_graph=True)
+    want = stack.gradients(loss_of(stack.definition(x)))
+    assert_equal_gradients(outer, want)
+    assert_equal_gradients(inner[0], want)
+
+
+def test_two_threads_go_through_one_retained_graph():
+    stack, x = Stack(), random_input(time=33)
+    loss = loss_of(stack(x))
+    want = stack.gradients(loss_of(stack.definition(x)))
+    with ThreadPoolExecutor(2) as pool:
+        for got in pool.map(lambda _: stack.gradients(loss, retain_graph=True), range(6)):
+            assert_equal_gradients(got, want)
+
+
+@pytest.mark.parametrize("how", ["grad", "early", "retained"])
+def test_nothing_stays_when_the_graph_of_partial_gradients_dies(how):
+    stack, x = Stack(), random_input()
+    stream, early = stack.stream(x), []
+
+    def call(block, *args):
+        x, handle = block(*args)
+        early.append(x)
+        return x, handle
+
+    loss = loss_of(stack(x, stream, call=call))
+    slots = stream.nbytes
+    stack.gradients(loss_of(early[2]) if how == "early" else loss, retain_graph=how == "retained")
+    assert stream.nbytes == slots, "what readers leave ends with the backward pass"
+    del loss
+    early.clear()
+    gc.collect()
+    assert stream.nbytes == 0
+
+
+def test_a_handle_that_is_not_the_newest_of_its_pass_is_refused():
+    stack, x = Stack(num_layers=3), random_input()
+    stream = stack.stream(x)
+    handle = stream.start()
+    out, _ = stack.layers[0](x, handle, stream, 0)
+    with pytest.raises(RuntimeError, match="operation 0 of its pass, which has come to 3"):
+        stack.layers[1](out, handle, stream, 1)
+
+
+def test_a_handle_of_another_stream_is_refused():
+    stack, x = Stack(num_layers=2), random_input()
+    stream, other = stack.stream(x), stack.stream(x)
+    stream.start()
+    with pytest.raises(RuntimeError, match="another stream"):
+        stack.layers[0](x, other.start(), stream, 0)
+
+
+def test_a_second_write_or_read_at_one_place_is_refused():
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
+    k, v, handle = stream.write(stream.start(), 0, 0, SLOT, SLOT)
+    with pytest.raises(RuntimeError, match="Slot 0 of layer 0 is written already"):
+        stream.write(handle, 0, 0, SLOT, SLOT)
+    _, handle = stream.attend(handle, 0, SLOT, k, v)
+    with pytest.raises(RuntimeError, match="Layer 0 has read already"):
+        stream.attend(handle, 0, SLOT, k, v)
+    with pytest.raises(ValueError, match="layer=-1"):
+        stream.attend(handle, -1, SLOT, k, v)
+
+
 def test_a_stale_handle_is_refused():
     stack, x = Stack(num_layers=2), random_input()
     stream = stack.stream(x)
@@ -255,9 +358,6 @@ def test_reading_a_slot_that_nothing_has_written_is_refused():
     _, handle = stack.layers[0](x, handle, stream, 0)
     with pytest.raises(RuntimeError, match="Layer 2 reads slot 0 of layer 1"):
         stack.layers[2](x, handle, stream, 2)
-
-
-SLOT = torch.zeros(1, 4, 2, 8)
 
 
 @pytest.mark.parametrize(
