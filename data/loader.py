@@ -75,4 +75,9 @@ class BatchLoader:
         first = position + self._offset
         instances = self.order.order(np.arange(first, first + self._per_rank, dtype=np.int64))
         rows = np.stack([self.dataset[index] for index in instances.tolist()])  # [per_rank, sequence_length + 1]
+        if rows.max() >= self.dataset.manifest.vocab_size:  # an index error on a GPU would say nothing
+            raise DataError(
+                f"{self.dataset.folder} holds the id {rows.max()} and its tokenizer has only "
+                f"{self.dataset.manifest.vocab_size}: the files are damaged, so remove the folder and prepare it again."
+            )
         return list(torch.from_numpy(rows).split(self.micro_batch_size))

@@ -104,9 +104,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{folder} does not exist: prepare it with scripts/prepare_data.py.")
     path = folder / MANIFEST_NAME
     if not path.exists():
-        raise DataError(
-            f"{folder} has no {MANIFEST_NAME}, so its preparation did not finish: run the same command again."
-        )
+        raise DataError(f"{folder} has no {MANIFEST_NAME}, so its preparation did not finish: give that command again.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         version = raw.get("version")
@@ -159,6 +157,8 @@ def validation_domains(shards_dir: str | Path) -> list[str]:
     if not root.is_dir():
         return []
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    if "mean" in names:
+        raise DataError(f"{root / 'mean'} cannot be a domain: validation/mean is the mean of all; rename the folder.")
     for name in names:
         read_manifest(root / name)
     return names

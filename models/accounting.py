@@ -128,7 +128,7 @@ class Memory:
     weights: int  # fp32 master weights, sharded
     gradients: int  # fp32, sharded
     optimizer: int  # two fp32 moments, sharded
-    activations: int  # what autograd keeps of one micro-batch, the depth stream's slots included
+    activations: int  # what autograd and the depth stream keep of one micro-batch
 
     @property
     def total(self) -> int:
@@ -145,7 +145,7 @@ def memory(
     compute_dtype: torch.dtype = torch.bfloat16,
     activation_checkpointing: str = "none",
 ) -> Memory:
-    """Bytes that training holds on one rank between forward and backward, from a forward pass on the meta device."""
+    """Bytes that training holds on a rank: weights, and what a forward pass on the meta device leaves for backward."""
     with torch.device("meta"):
         model = Decoder(config)
     shard = -(-sum(p.numel() for p in model.parameters()) // world_size) * 4
@@ -172,6 +172,9 @@ def memory(
         tokens = micro_batch_size * sequence_length
         slot = tokens * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
         kept[-1] = 2 * config.num_layers * config.slots_per_layer * slot
+        # At the end of backward every layer has left q, do, lse and delta for the slots below it.
+        row = 2 * config.head_dim * compute_dtype.itemsize + 2 * torch.float32.itemsize
+        kept[-2] = config.num_layers * tokens * config.num_heads * row
     return Memory(shard, shard, 2 * shard, sum(kept.values()))
 
 

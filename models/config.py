@@ -103,6 +103,11 @@ class ModelConfig:
             "depth_recent_layers",
             "use null (all layers) or at least 1",
         )
+        self._require(
+            self.depth_kv or self.depth_recent_layers is None,
+            "depth_recent_layers",
+            "it needs model.depth_kv=true, so add that or set model.depth_recent_layers=null",
+        )
         self._require(self.depth_first_layers >= 0, "depth_first_layers", "use 0 or more")
         self._require(
             self.depth_first_layers == 0 or self.depth_recent_layers is not None,

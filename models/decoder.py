@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import moda
 from models.block import Block, DepthBlock
 from models.config import ModelConfig
-from models.layers import RMSNorm, rotary_tables
+from models.layers import RMSNorm, at_least_fp32, rotary_tables
 
 
 class Loss(NamedTuple):
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
             cu_seqlens: document boundaries as in `moda.attention`; positions restart at each.
 
         Returns:
-            fp32 logits [batch, time, padded_vocab_size], or `Loss` with `targets`.
+            logits [batch, time, padded_vocab_size], fp32 (float64 for a float64 model), or `Loss` with `targets`.
         """
         logits = self.logits(self.hidden(ids, cu_seqlens))
         if targets is None:
@@ -91,7 +91,7 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """The output product, in fp32: [batch, time, padded_vocab_size]."""
         weight = self.embedding.weight if self.head is None else self.head.weight
-        return F.linear(hidden, weight).float()
+        return at_least_fp32(F.linear(hidden, weight))
 
 
 def _positions(ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

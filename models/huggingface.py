@@ -1,6 +1,7 @@
-"""Weights of an OLMo 2 baseline in the form that `transformers.Olmo2ForCausalLM` reads.
+"""Weights of an OLMo 2 baseline to and from the form of `transformers.Olmo2ForCausalLM`.
 
-In: a decoder without depth and with reordered norms. Out: an `Olmo2Config` and a state dict of its names.
+In: a decoder without depth and with reordered norms, and for loading a state dict of that class. Out: an `Olmo2Config`
+and a state dict of its names, or the decoder with these weights.
 """
 
 from __future__ import annotations
@@ -68,19 +69,46 @@ def to_hugging_face(model: Decoder, sequence_length: int) -> tuple[Olmo2Config, 
         bos_token_id=None,
         eos_token_id=None,
     )
-    state: dict[str, Tensor] = {
-        "model.embed_tokens.weight": model.embedding.weight,
+    state = {name: part.detach().to("cpu", copy=True).contiguous() for name, part in _names(model).items()}
+    return hf_config, state
+
+
+@torch.no_grad()
+def load_hugging_face(model: Decoder, state: dict[str, Tensor]) -> None:
+    """Copy the weights of an `Olmo2ForCausalLM` of the same shape into `model`.
+
+    `state` may have fewer embedding rows than the padded vocabulary; the rest is set to zero. Raises ConfigError for a
+    weight that is missing or of another shape.
+    """
+    for name, part in _names(model).items():
+        weight = state.get(name)
+        if weight is None and name == "lm_head.weight" and model.head is None:
+            continue  # tied: some state dicts leave it out
+        vocabulary = name in ("model.embed_tokens.weight", "lm_head.weight")
+        fits = weight is not None and weight.shape[1:] == part.shape[1:]
+        if weight is None or not fits or not (len(weight) == len(part) or (vocabulary and len(weight) < len(part))):
+            found = "missing" if weight is None else f"of shape {tuple(weight.shape)}"
+            raise ConfigError(f"{name} is {found}, the model needs {tuple(part.shape)}: use a model of the same shape.")
+        part[len(weight) :].zero_()
+        part[: len(weight)].copy_(weight)
+
+
+def _names(model: Decoder) -> dict[str, Tensor]:
+    """Their names, and the parts of our weights that they mean."""
+    embedding = model.embedding.weight
+    names = {
+        "model.embed_tokens.weight": embedding,
         "model.norm.weight": model.final_norm.weight,
-        "lm_head.weight": model.embedding.weight if model.head is None else model.head.weight,
+        "lm_head.weight": embedding if model.head is None else model.head.weight,
     }
     for layer, block in enumerate(cast("list[Block]", model.blocks)):
         prefix = f"model.layers.{layer}"
         for ours, theirs in BLOCK_NAMES.items():
-            state[f"{prefix}.{theirs}.weight"] = block.get_parameter(f"{ours}.weight")
+            names[f"{prefix}.{theirs}.weight"] = block.get_parameter(f"{ours}.weight")
         q, k, v = block.attention.qkv_proj.weight.split(block.attention.widths)
         gate, up = block.ffn.gate_up_proj.weight.chunk(2)
         for name, weight in {"q": q, "k": k, "v": v}.items():
-            state[f"{prefix}.self_attn.{name}_proj.weight"] = weight
+            names[f"{prefix}.self_attn.{name}_proj.weight"] = weight
         for name, weight in {"gate": gate, "up": up}.items():
-            state[f"{prefix}.mlp.{name}_proj.weight"] = weight
-    return hf_config, {name: weight.detach().to(torch.device("cpu"), copy=True) for name, weight in state.items()}
+            names[f"{prefix}.mlp.{name}_proj.weight"] = weight
+    return names

@@ -1,6 +1,7 @@
 """The parts of a decoder layer: RMSNorm, rotary embedding, SwiGLU, projections to keys and values (OLMo 2).
 
-In: activations [batch, time, hidden_size] in the compute dtype. Out: the same dtype; norms and rotations run in fp32.
+In: activations [batch, time, hidden_size] in the compute dtype. Out: the same dtype; norms and rotations run in fp32
+(float64 stays float64).
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ from models.config import ModelConfig
 Rotary = tuple[Tensor, Tensor]  # cos, sin: [batch or 1, time, 1, head_dim / 2], fp32
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last axis, in fp32; the weight is multiplied before the cast back."""
 
@@ -24,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape whose last axis is `size`; same shape and dtype back."""
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        weight = at_least_fp32(self.weight)
+        return F.rms_norm(at_least_fp32(x), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class HeadRMSNorm(nn.Module):
@@ -36,7 +43,7 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., head_dim]; same shape and dtype back."""
-        return F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return F.rms_norm(at_least_fp32(x), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
@@ -49,7 +56,7 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary embedding, rotate-half layout: pairs are (i, i + head_dim / 2). x [batch, time, heads, head_dim]."""
     cos, sin = rotary
-    first, second = x.float().chunk(2, -1)
+    first, second = at_least_fp32(x).chunk(2, -1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 

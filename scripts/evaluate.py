@@ -54,6 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, float]:
     """The metrics of `eval.perplexity`, with the step of the checkpoint. Raises ConfigError or DataError."""
+    for name in ("instances", "micro_batch_size"):
+        value = getattr(options, name)
+        if value is not None and value < (name != "instances"):
+            raise ConfigError(f"--{name.replace('_', '-')} {value} cannot be used: use a positive integer.")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json} cannot be written: {options.json.parent} does not exist.")
     checkpoint = newest(options.checkpoint)
     state = read_state(checkpoint)
     config = config_of_checkpoint(checkpoint, state.config)
@@ -63,11 +71,10 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
     if not validation_domains(shards):
         raise DataError(f"{shards} has no validation domains: name a prepared shards directory with --data.")
     for domain in validation_domains(shards):
-        ids = read_manifest(Path(shards) / "validation" / domain).vocab_size
-        if ids > config.model.padded_vocab_size:
+        if read_manifest(Path(shards) / "validation" / domain).tokenizer["sha256"] != state.tokenizer:
             raise DataError(
-                f"{shards} was tokenized with {ids} ids and the model has {config.model.padded_vocab_size}: "
-                "name shards of the run's tokenizer with --data."
+                f"{shards} has another tokenizer than the data of {checkpoint}: name shards of the run's tokenizer "
+                "with --data."
             )
     with distributed_world(options.device) as world:
         evaluator = PerplexityEvaluator(

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     for run_dir in parser.parse_args(arguments).run_dirs:
         try:
             print(draw_curves(run_dir, warn=lambda sentence: print(f"warning: {sentence}", file=sys.stderr)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             print(f"error: {run_dir} is not the folder of a run: it holds no metrics.jsonl.", file=sys.stderr)
             code = 2
         except ValueError as error:

@@ -13,6 +13,7 @@ A mistake of the user is one sentence on standard error and exit status 2.
 from __future__ import annotations
 
 import difflib
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -118,9 +119,11 @@ def run(config: DictConfig) -> None:
     print(f"\n{config.output} is ready (tokenizer {manifests['train'].tokenizer['name']}):")
     for name, manifest in manifests.items():
         print(f"  {name}: {summary(manifest)}")
+    command = ["python", "train.py", "model=moda_tiny", f"data.path={config.output}"]
     if len(manifests) == 1:
         print("  no validation text was given, so runs on this data have no validation loss")
-    print(f"Train on it with: python train.py model=moda_tiny data.path={config.output}")
+        command.append("evaluation.every=0")
+    print(f"Train on it with: {shlex.join(command)}")
 
 
 def main(arguments: list[str]) -> int:
@@ -142,7 +145,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue.", file=sys.stderr)
+        print("interrupted: run the same command again; it keeps the splits that are finished.", file=sys.stderr)
         return 130
     return 0
 

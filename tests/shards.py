@@ -11,17 +11,17 @@ from training.config import Config
 VOCAB, EOS = 120, 0
 
 
-def write_shards(folder: Path, documents: int = 60, seed: int = 0, vocab: int = VOCAB) -> Path:
+def write_shards(folder: Path, documents: int = 60, seed: int = 0, tokenizer: str = "0" * 64) -> Path:
     """`train` and two validation domains of documents that count up in steps of one to three: easy to learn."""
     generator = np.random.default_rng(seed)
     for name, count in (("train", documents), ("validation/even", 8), ("validation/odd", 6)):
-        with ShardWriter(folder / name, vocab_size=vocab, eos_id=EOS, tokens_per_file=1500) as writer:
+        with ShardWriter(folder / name, vocab_size=VOCAB, eos_id=EOS, tokens_per_file=1500) as writer:
             texts = []
             for _ in range(count):
-                start, step = generator.integers(1, vocab - 1), generator.integers(1, 4)
-                texts.append([int(1 + (start + step * i) % (vocab - 1)) for i in range(generator.integers(20, 120))])
+                start, step = generator.integers(1, VOCAB - 1), generator.integers(1, 4)
+                texts.append([int(1 + (start + step * i) % (VOCAB - 1)) for i in range(generator.integers(20, 120))])
             writer.write(texts, text_bytes=4 * sum(map(len, texts)))
-            writer.finish(tokenizer={"name": "counting", "sha256": "0" * 64}, preparation={})
+            writer.finish(tokenizer={"name": "counting", "sha256": tokenizer}, preparation={})
     return folder
 
 

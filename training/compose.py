@@ -163,6 +163,10 @@ def _parse(texts: list[str]) -> list[Override]:
         try:
             overrides += parser.parse_overrides([text])
         except HydraException as error:
+            if value.startswith("~"):
+                raise ConfigError(
+                    f"{text} cannot be read: write the folder out, as in {key}={Path(value).expanduser()}."
+                ) from error
             raise ConfigError(
                 f"{text} cannot be read: quote a value that has special characters, as in {key}='\"{value}\"'."
             ) from error

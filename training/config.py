@@ -20,6 +20,10 @@ ACTIVATION_CHECKPOINTING = ("none", "full")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on. The message is one sentence for the user."""
+
+
 @dataclass
 class RunConfig:
     """Where a run lives and what it is called."""

@@ -100,7 +100,8 @@ def read_metrics(path: str | Path, on_damage: Callable[[str], None] = warnings.w
             if line.endswith(b"\n"):
                 on_damage(f"{path}, line {number} is not a metrics record and was skipped: {line[:60]!r}")
         else:
-            records.append({"tokens": 0, **record})
+            record.setdefault("tokens", 0)
+            records.append(record)
     return records
 
 

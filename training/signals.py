@@ -19,16 +19,19 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note the first signal instead of ending the process; a second one acts as it did before."""
+    """Note the first signal instead of ending the process; a second SIGINT (Ctrl-C) ends it at once.
+
+    Other repeats mean nothing: a scheduler's SIGTERM comes to a rank directly and once more through its launcher.
+    """
     request = StopRequest()
+    interrupts = 0
 
     def note(number: int, frame: FrameType | None) -> None:
-        request.signal = signal.Signals(number)
-        restore()
-
-    def restore() -> None:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts == 2:
+            raise KeyboardInterrupt
+        request.signal = request.signal or signal.Signals(number)
 
     previous = {name: signal.getsignal(name) for name in SIGNALS}
     for name in SIGNALS:
@@ -36,4 +39,5 @@ def stop_on_signals() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        restore()
+        for name, handler in previous.items():
+            signal.signal(name, handler)

@@ -12,13 +12,17 @@ import math
 import os
 import resource
 import shlex
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import yaml
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.loader import BatchLoader
 from data.order import InstanceOrder
@@ -37,9 +41,10 @@ from training.checkpoint import (
     read_state,
     save_checkpoint,
 )
-from training.config import Config, resolved
+from training.config import Config, TrainingError, resolved
 from training.curves import draw_curves
 from training.distributed import World, distributed_world
+from training.lock import run_lock
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
 from training.schedule import lr_factor
@@ -55,26 +60,36 @@ def train(config: Config) -> None:
     made, when the run directory belongs to another configuration or other data; SystemExit(128 + signal) after a
     signal, with a checkpoint.
     """
-    checkpoint = choose_checkpoint(config)
-    with distributed_world(config.training.device) as world, stop_on_signals() as stop:
+    choose_checkpoint(config)
+    with ExitStack() as stack:
+        checkpoint = None
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(run_lock(Path(config.run.dir)))
+            # Again: nobody else changes the directory from here on.
+            checkpoint = choose_checkpoint(config, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+        world = stack.enter_context(distributed_world(config.training.device))
+        stop = stack.enter_context(stop_on_signals())
         Trainer(config, world, stop, world.broadcast(checkpoint)).fit()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
 
 
-def choose_checkpoint(config: Config) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration."""
+def choose_checkpoint(config: Config, warn: Callable[[str], None] = lambda text: None) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration.
+
+    Raises ConfigError when it would be another run; `warn` gets a sentence for each damaged checkpoint.
+    """
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
-    found = find_checkpoints(run_dir)
+    found = find_checkpoints(run_dir, on_damage=warn)
     if resume == "never":
         if found or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
             )
         return None
-    path = found[-1].absolute() if found else None
+    path = found[-1].resolve() if found else None
     if resume != "auto":
-        given = Path(resume).absolute()
+        given = Path(resume).resolve()
         read_state(given, "checkpoint.resume")
         if path is None:
             path = given
@@ -82,7 +97,15 @@ def choose_checkpoint(config: Config) -> Path | None:
             raise ConfigError(
                 f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
                 "or set another run.name to continue there."
-            )  # else the run began from another's checkpoint before, and goes on from its own
+            )
+        elif path != given and read_state(path).begun_from != str(given):
+            raise ConfigError(
+                f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
+                "its own: set another run.name, or checkpoint.resume=auto to continue it."
+            )
+    if path is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
+        # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
+        check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), resolved(config), run_dir)
     if path is not None:
         saved, data = read_state(path), read_manifest(Path(config.data.path) / "train").fingerprint
         check_resumable(saved.config, resolved(config), path)
@@ -129,7 +152,9 @@ class Trainer:
                 if ends or evaluates or state.step % config.logging.every == 0:
                     values = self._training_values(loss, grad_norm, lr)
                     self._record(values | (self._evaluate() if evaluates else {}))
+                    self._check_finite(loss, grad_norm)
                 if ends or state.step % config.checkpoint.every == 0:
+                    self._check_finite(loss, grad_norm)
                     self._save()
             with clock.paused():
                 self._finish()
@@ -152,6 +177,7 @@ class Trainer:
             total += torch.stack(loss).detach() / len(micro_batches)
         limit = self.config.training.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.state.step, self.config.training.steps)
         set_lr(self.optimizer, lr)
         self.optimizer.step()
@@ -166,22 +192,30 @@ class Trainer:
         """The values of a record of this step; waits for the device."""
         config, world = self.config, self.world
         cross_entropy, z_loss = world.mean(loss).tolist()
-        norm = grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm
         values = {
             "train/loss": cross_entropy,
             "train/z_loss": z_loss,
-            "train/grad_norm": norm.item(),
+            "train/grad_norm": grad_norm.item(),
             "train/lr": lr,
         }
         seconds = self.clock.lap(self.state.step)
         rate = config.training.global_batch_size * config.data.sequence_length / seconds
         values["throughput/tokens_per_second"] = rate
         if self.peak is not None:
-            flops = training_flops_per_token(config.model, config.data.sequence_length)
-            values["throughput/mfu"] = rate * flops / (self.peak * world.size)
+            values["throughput/mfu"] = rate * self.flops_per_token / (self.peak * world.size)
         values["memory/peak_gb"] = self._peak_memory() / 1e9
         values["time/elapsed_seconds"] = self.clock.elapsed
         return values
+
+    def _check_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Raise before weights that are no numbers are saved; every rank comes to the same answer."""
+        if torch.isfinite(self.world.mean(loss)).all() and torch.isfinite(grad_norm):
+            return
+        saved = f"step {self.saved_step}" if self.saved_step else "none"
+        raise TrainingError(
+            f"the run diverged: loss or gradient norm of step {self.state.step} is no number (last saved: {saved}). "
+            "Lower optimizer.lr, or look at the data of that step, and start a new run.name."
+        )
 
     def _peak_memory(self) -> int:
         """Bytes: of the device's allocator, or of this process on a CPU."""
@@ -203,6 +237,7 @@ class Trainer:
             path = save_checkpoint(
                 self.run_dir, self.model, self.optimizer, self.state, self.world, self.config.checkpoint.keep
             )
+            self.saved_step = self.state.step
             if self.world.is_main:
                 size = sum(file.stat().st_size for file in path.iterdir())
                 seconds = time.perf_counter() - begin
@@ -211,14 +246,16 @@ class Trainer:
     def _finish(self) -> None:
         """After the last step of this process: a checkpoint where a signal asked for it, curves, summary."""
         state = self.state
-        if state.step < self.last_step and state.step > 0:
+        if self.stop.signal is not None:
+            self.console.say(f"{self.stop.signal.name} came: stopping after step {state.step}")
+        if state.step != self.saved_step:
             self._save()
         if not self.world.is_main:
             return
-        first: dict[str, float] = {}
-        last: dict[str, float] = {}
+        first: dict[str, tuple[float, int]] = {}
+        last: dict[str, tuple[float, int]] = {}
         for record in read_metrics(self.log.path):
-            losses = {key: value for key, value in record.items() if key.endswith("/loss")}
+            losses = {key: (value, record["step"]) for key, value in record.items() if key.endswith("/loss")}
             first, last = losses | first, last | losses
         summary = {
             "name": self.config.run.name,
@@ -226,12 +263,13 @@ class Trainer:
             "stopped_at": state.step,
             "tokens": state.tokens,
             "parameters": count_parameters(self.config.model).total,
-            **last,
+            **{key: None if math.isnan(loss) else loss for key, (loss, _) in last.items()},  # JSON has no NaN
         }
         write_atomically(self.run_dir / "summary.json", json.dumps(summary, indent=1).encode())
         picture = draw_curves(self.run_dir)
-        for key in last:
-            self.console.say(f"{key:<34}{first[key]:8.4f} to {last[key]:8.4f}")
+        for key, (loss, step) in last.items():
+            start, first_step = first[key]
+            self.console.say(f"{key:<34}{start:8.4f} (step {first_step:,}) to {loss:8.4f} (step {step:,})")
         self.console.say(f"run     {self.run_dir} | {state.step:,} of {self.config.training.steps:,} steps")
         self.console.say(f"curves  {picture}")
         if state.step < self.config.training.steps:
@@ -240,7 +278,7 @@ class Trainer:
     def _build_data(self) -> None:
         config, world = self.config, self.world
         dataset = TokenDataset(Path(config.data.path) / "train", config.data.sequence_length)
-        self.fingerprint = dataset.manifest.fingerprint
+        self.manifest = dataset.manifest
         order = InstanceOrder(config.training.seed, len(dataset))
         self.loader = BatchLoader(
             dataset,
@@ -250,15 +288,16 @@ class Trainer:
             world.rank,
             world.size,
         )
-        self.evaluator = PerplexityEvaluator(
-            config.data.path,
-            config.data.sequence_length,
-            instances=config.evaluation.instances,
-            micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            reduce=world.sum,
-        )
+        if config.evaluation.every:
+            self.evaluator = PerplexityEvaluator(
+                config.data.path,
+                config.data.sequence_length,
+                instances=config.evaluation.instances,
+                micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
+                rank=world.rank,
+                world_size=world.size,
+                reduce=world.sum,
+            )
         wanted = config.training.steps * config.training.global_batch_size
         self.console.say(
             f"data {config.data.path} | {format_count(dataset.manifest.tokens)} tokens, {len(dataset):,} instances "
@@ -289,6 +328,7 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.peak = None
+        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
             if compute_dtype == torch.bfloat16:
@@ -303,11 +343,13 @@ class Trainer:
             self.state = TrainState()
         else:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
-            if checkpoint.parents[1] != self.run_dir:
-                self.state.wandb_run_id = None  # a new run that begins with another's weights
+            if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
+                self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
-        self.state.data = self.fingerprint
-        self.state.world_size = self.world.size
+            if self.state.step >= self.last_step:
+                self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
+        self.saved_step = self.state.step
+        self.state.data, self.state.tokenizer = self.manifest.fingerprint, self.manifest.tokenizer["sha256"]
         self.state.config = resolved(config)
 
     def _open_run_directory(self) -> None:
@@ -331,8 +373,13 @@ class Trainer:
 
 def _continue_command() -> str:
     """The command of this process, free to go on to the last step of the schedule."""
-    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
-    launcher = Path(sys.executable).name
+    python = Path(sys.executable)
+    if shutil.which(python.name) == str(python):
+        python = Path(python.name)
+    elif python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    launcher = [str(python)]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-    return shlex.join([*launcher.split(), *arguments, "training.stop_at=null"])
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
+    return shlex.join([*launcher, *arguments, "training.stop_at=null"])

@@ -61,7 +61,7 @@ def test_slots_read_follow_the_layers_and_their_bounds():
     assert slots_read(ModelConfig(num_layers=36, **DEPTH)) == 36 * 35 // 2
     assert slots_read(ModelConfig(num_layers=36, **FFN)) == 36 * 35
     assert (
-        slots_read(ModelConfig(num_layers=5, depth_recent_layers=1, depth_first_layers=1, **DEPTH)) == 1 + 2 * 3 + 1 - 1
+        slots_read(ModelConfig(num_layers=5, depth_recent_layers=1, depth_first_layers=1, **DEPTH)) == 0 + 1 + 2 + 2 + 2
     )
 
 
@@ -110,7 +110,8 @@ def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing):
         model(ids, ids)
     estimate = memory(config, 2, 32, compute_dtype=torch.float32, activation_checkpointing=checkpointing)
     slots = 2 * 4 * config.slots_per_layer * 2 * 32 * config.num_kv_heads * config.head_dim * 4
-    outside_autograd = slots if checkpointing == "full" else 0  # the stream's slots, which no checkpoint drops
+    readers = 4 * 2 * 32 * config.num_heads * (2 * config.head_dim + 2) * 4 if config.depth_kv else 0
+    outside_autograd = slots + readers if checkpointing == "full" else 0  # the stream's, which no checkpoint drops
     assert estimate.activations == sum(kept.values()) + outside_autograd
 
 

@@ -7,8 +7,10 @@ import moda
 import models.decoder
 from models.config import ConfigError
 from models.decoder import Decoder, Loss
+from models.huggingface import load_hugging_face, to_hugging_face
 from models.initialization import initialize
 from tests.models.plain import PlainStream, build, small, tokens
+from training.compose import plan
 
 VARIANTS = [
     {"norm": norm, "depth_kv": True, "ffn_kv_proj": ffn, "attn_kv_proj": attn}
@@ -32,33 +34,56 @@ def test_loss_and_gradients_equal_the_plain_definition_in_float64(fields, monkey
     monkeypatch.setattr(moda, "DepthStream", PlainStream)
     expected = sum(model(ids, targets))
     expected.backward()
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-7)  # logits are fp32
+    torch.testing.assert_close(loss, expected, rtol=1e-11, atol=1e-12)
     for name, parameter in model.named_parameters():
         want = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         error = (got[name] - want).norm() / want.norm().clamp_min(1e-6)
-        assert error < 1e-5, f"{name}: {error:.1e}"
+        assert error < 1e-9, f"{name}: {error:.1e}"
 
 
-def hugging_face_pair(**fields):
+@pytest.mark.parametrize("fields", [{}, {"tie_embeddings": False}, {"num_kv_heads": 4}, {"num_kv_heads": 1}], ids=str)
+def test_logits_equal_those_of_transformers_olmo2_both_ways(fields):
     transformers = pytest.importorskip("transformers")
-    from models.huggingface import to_hugging_face
-
-    config = small(norm="reordered", **fields)
-    model = build(config, torch.float32)
+    model = build(small(**fields), torch.float32)
     hf_config, state = to_hugging_face(model, sequence_length=64)
     hf = transformers.Olmo2ForCausalLM(hf_config)
+    assert_same_logits(copied_into(Decoder(model.config), hf), hf)  # random weights of theirs, copied into ours
     hf.load_state_dict(state)
-    return model, hf
+    assert_same_logits(model, hf)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"tie_embeddings": False}, {"num_kv_heads": 4}, {"head_dim": 8, "num_heads": 4, "num_kv_heads": 1}]
-)
-def test_logits_equal_those_of_transformers_olmo2(fields):
-    model, hf = hugging_face_pair(**fields)
+def test_a_random_transformers_olmo2_copied_into_olmo2_tiny_gives_its_logits():
+    transformers = pytest.importorskip("transformers")
+    config = plan(["model=olmo2_tiny", "model.vocab_size=200"]).jobs[0].config.model
+    torch.manual_seed(0)
+    hf = transformers.Olmo2ForCausalLM(to_hugging_face(Decoder(config), sequence_length=256)[0])
+    with torch.no_grad():
+        for name, parameter in hf.named_parameters():
+            parameter.copy_(
+                1 + 0.1 * torch.randn_like(parameter) if "norm" in name else 0.1 * torch.randn_like(parameter)
+            )
+    assert_same_logits(copied_into(Decoder(config), hf), hf)
+
+
+def copied_into(model, hf):
+    load_hugging_face(model, hf.state_dict())
+    return model
+
+
+def assert_same_logits(model, hf):
     ids, _ = tokens(time=40)
     with torch.no_grad():
         torch.testing.assert_close(model(ids), hf(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = build(small(), torch.float32)
+    _, state = to_hugging_face(model, sequence_length=64)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        load_hugging_face(model, state)
+    with pytest.raises(ConfigError, match="depth_kv=True has no counterpart"):
+        to_hugging_face(Decoder(small(depth_kv=True)), sequence_length=64)
 
 
 def test_loss_is_cross_entropy_and_z_loss():

@@ -41,10 +41,13 @@ def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, ca
     [
         (["/nowhere"], "/nowhere is no whole checkpoint"),
         (["{run}", "--data", "/nowhere"], "/nowhere has no validation domains"),
-        (["{run}", "--data", "{large}"], "tokenized with 500 ids and the model has 128"),
+        (["{run}", "--data", "{other}"], "has another tokenizer"),
+        (["{run}", "--instances", "-3"], "--instances -3"),
+        (["{run}", "--micro-batch-size", "0"], "--micro-batch-size 0"),
+        (["{run}", "--json", "/nowhere/x.json"], "/nowhere does not exist"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(run_dir, tmp_path, capsys, arguments, words):
-    large = write_shards(tmp_path / "large", vocab=500)
-    assert main([a.format(run=run_dir, large=large) for a in arguments]) == 2
+    other = write_shards(tmp_path / "other", tokenizer="1" * 64)
+    assert main([a.format(run=run_dir, other=other) for a in arguments]) == 2
     assert words in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Whole runs of a two-layer model on one process: what they leave, how they resume, what they refuse."""
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -8,12 +9,16 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
 import training.trainer
 from models.config import ConfigError
 from tests.shards import tiny_config, write_shards
 from training.checkpoint import find_checkpoints
+from training.config import TrainingError
+from training.lock import run_lock
 from training.metrics import read_metrics
+from training.signals import stop_on_signals
 from training.trainer import train
 
 TIMED = ("throughput/", "memory/", "time/")
@@ -210,6 +215,112 @@ def test_old_checkpoints_are_deleted_and_the_newest_kept(shards, tmp_path):
     config.training.steps, config.checkpoint.every, config.checkpoint.keep = 8, 2, 2
     train(config)
     assert [p.name for p in sorted((tmp_path / "run" / "checkpoints").iterdir())] == ["step-6", "step-8"]
+
+
+def test_a_stop_between_intervals_leaves_a_checkpoint_there(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 3
+    train(config)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-3"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "short"])
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_continued(shards, finished, tmp_path, capsys, damage):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    file = next((run_dir / "checkpoints" / "step-20").glob("*.distcp"))
+    file.unlink() if damage == "missing" else os.truncate(file, 1000)
+    train(tiny_config(shards, run_dir))
+    printed = capsys.readouterr()
+    assert "step-20 is damaged" in printed.err
+    assert "step-10 at step 10" in printed.out
+    assert untimed(run_dir) == untimed(finished)
+
+
+def test_a_signal_right_after_a_resume_does_not_touch_the_only_checkpoint(shards, finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-20")
+    before = {p: p.stat().st_mtime_ns for p in (run_dir / "checkpoints").rglob("*")}
+    original = training.trainer.Trainer._restore
+
+    def restore(self, checkpoint):
+        original(self, checkpoint)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.trainer.Trainer, "_restore", restore)
+    with pytest.raises(SystemExit):
+        train(tiny_config(shards, run_dir))
+    assert {p: p.stat().st_mtime_ns for p in (run_dir / "checkpoints").rglob("*")} == before
+
+
+def test_records_without_a_checkpoint_are_not_overwritten_by_another_configuration(shards, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    config = tiny_config(shards, run_dir)
+    config.model.norm = "pre"
+    with pytest.raises(ConfigError, match=r"model\.norm was reordered and is pre"):
+        train(config)
+    assert untimed(run_dir) == untimed(finished)
+    train(tiny_config(shards, run_dir))
+    assert untimed(run_dir) == untimed(finished)
+
+
+def test_a_resume_path_that_the_run_did_not_begin_with_is_refused(shards, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "other")
+    config = tiny_config(shards, finished)
+    config.checkpoint.resume = str(tmp_path / "other" / "checkpoints" / "step-10")
+    with pytest.raises(ConfigError, match=r"is not what the run in .* began with"):
+        train(config)
+
+
+def test_a_second_process_in_a_run_directory_is_refused(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    with run_lock(tmp_path / "run"), pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on"):
+        train(config)
+    train(config)  # and free again
+
+
+def test_a_run_that_diverges_stops_before_it_saves_and_keeps_what_was_good(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at, config.checkpoint.every, config.checkpoint.keep = 5, 5, 1
+    train(config)
+    config.training.stop_at = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.trainer, "lr_factor", lambda *_: 1e30)
+        with pytest.raises(TrainingError, match=r"diverged.*last saved: step 5"):
+            train(config)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-5"]
+    assert math.isnan(read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["train/loss"])
+
+
+def test_the_random_state_is_that_of_the_checkpoint(shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 10
+    states = []
+    original = training.trainer.Trainer.fit
+
+    def fit(self):
+        states.append(torch.get_rng_state())
+        if len(states) == 1:
+            torch.manual_seed(77)
+        original(self)
+
+    monkeypatch.setattr(training.trainer.Trainer, "fit", fit)
+    train(config)
+    config.training.stop_at = None
+    train(config)
+    assert torch.equal(states[1], torch.manual_seed(77).get_state())
+
+
+def test_repeated_terminations_change_nothing_and_a_second_interrupt_ends_at_once():
+    with stop_on_signals() as stop:
+        for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), name)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished, tmp_path, monkeypatch):

@@ -1,0 +1,35 @@
+"""One process at a time in a run directory: a lock of the operating system, which dies with its process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from models.config import ConfigError
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold `run_dir`, made when missing, while the block runs. Raises ConfigError when another process does."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below, and by the system when the process dies
+    except OSError as error:
+        raise ConfigError(f"run.dir={run_dir} cannot be made ({error.strerror}): use another folder.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise ConfigError(
+                f"run.dir={run_dir} is in use by {holder}: wait for it to end, or choose another run.name."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
