@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         counted = targets >= 0
         lse = logits.logsumexp(-1)
         chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
-        weight = counted / counted.sum().clamp_min(1)
+        weight = counted.to(logits.dtype) / counted.sum().clamp_min(1)
         return Loss(((lse - chosen) * weight).sum(), self.config.z_loss * (lse.square() * weight).sum())
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:

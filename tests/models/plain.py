@@ -16,10 +16,11 @@ def small(**fields) -> ModelConfig:
 def build(config: ModelConfig, dtype=torch.float64) -> Decoder:
     model = Decoder(config).to(dtype)
     initialize(model, seed=1)
+    generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():  # norms and biases away from 1 and 0, logits away from 0
             if name.endswith(("norm.weight", "bias")):
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
             else:
                 parameter.mul_(4.0)
     return model

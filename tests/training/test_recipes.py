@@ -6,6 +6,7 @@ section 3, and the constants of section 5, drawn weights included.
 
 import dataclasses
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -62,7 +63,9 @@ def words(value):
     return " ".join(value) if isinstance(value, list) else None
 
 
+@cache
 def composed(*arguments: str) -> Config:
+    """What the arguments give. Read only: tests that change it make a copy."""
     (job,) = plan(list(arguments)).jobs
     job.config.validate()
     return job.config
