@@ -1,20 +1,21 @@
 """The public operator: joint attention over a sequence and over given depth slots, with dense gradients for all inputs.
 
 In: queries, keys, values and, optionally, depth keys and values. Out: the attention output, and its log-sum-exp on
-request. Arguments are checked here; the arithmetic is a backend's (`moda.reference`).
+request. Arguments are checked here; the arithmetic is a backend's (`moda.reference`, `moda.joined`).
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda import reference
+from moda import joined, reference
 from moda.first_order import first_order
 
-BACKENDS = ("auto", "reference")
+BACKENDS = {"reference": reference, "joined": joined}
 
 
 @overload
@@ -70,7 +71,8 @@ def attention(
         scale: factor of the scores; head_dim ** -0.5 when None.
         cu_seqlens: cumulative document lengths over the flattened batch * time tokens, integers from 0 to batch * time;
             a token sees its own document only. The end of a row ends a document too.
-        backend: "auto" or "reference".
+        backend: "reference" (plain PyTorch, anywhere), "joined" (fused kernels: CUDA, bf16 or fp16, no documents), or
+            "auto", which takes joined where it can.
         return_lse: return the log-sum-exp of the joint scores too.
 
     Returns:
@@ -78,27 +80,27 @@ def attention(
         natural logarithm, [batch, time, query_heads], not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist.
+        ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist or cannot do this.
     """
-    check_backend(backend)
     check_sequence(q, k, v, cu_seqlens)
     _check_depth(k, depth_k, depth_v)
+    operations = choose_backend(backend, q, cu_seqlens)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _Attention.apply(q, k, v, depth_k, depth_v, scale, cu_seqlens)
+    out, lse = _Attention.apply(q, k, v, depth_k, depth_v, scale, cu_seqlens, operations)
     return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
-    """Forward and backward in the parts of `moda.reference`: keeps inputs, o and lse, never the scores."""
+    """Keeps inputs, o and lse, never the scores."""
 
     @staticmethod
-    def forward(ctx, q, k, v, depth_k, depth_v, scale, cu_seqlens):
-        o, lse = reference.sequence_forward(q, k, v, scale, cu_seqlens)
+    def forward(ctx, q, k, v, depth_k, depth_v, scale, cu_seqlens, operations):
         if depth_k is not None:
-            o, lse = reference.depth_forward(q, depth_k, depth_v, o, lse, scale)
-        out = o.to(q.dtype)
-        ctx.save_for_backward(q, k, v, depth_k, depth_v, out, lse, cu_seqlens)
-        ctx.scale = scale
+            depth_k, depth_v = depth_k.contiguous(), depth_v.contiguous()
+        slots = [] if depth_k is None or not len(depth_k) else [(depth_k, depth_v)]
+        out, lse, state = operations.joint_forward(q, k, v, slots, scale, cu_seqlens)
+        ctx.save_for_backward(q, k, v, depth_k, depth_v, out, lse, cu_seqlens, *state)
+        ctx.scale, ctx.operations = scale, operations
         lse_out = lse.to(torch.float32, copy=True)
         ctx.mark_non_differentiable(lse_out)
         return out, lse_out
@@ -106,21 +108,26 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, do, _):
-        q, k, v, depth_k, depth_v, out, lse, cu_seqlens = ctx.saved_tensors
-        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dq, dk, dv = reference.sequence_backward(do, q, k, v, lse, delta, ctx.scale, cu_seqlens)
-        depth_dk = depth_dv = None
-        if depth_k is not None:
-            dq = dq + reference.depth_backward_query(do, q, depth_k, depth_v, lse, delta, ctx.scale)
-            depth_dk, depth_dv = reference.depth_backward_slots(do, q, depth_k, depth_v, lse, delta, ctx.scale)
-            depth_dk, depth_dv = depth_dk.to(depth_k.dtype), depth_dv.to(depth_v.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), depth_dk, depth_dv, None, None
+        q, k, v, depth_k, depth_v, out, lse, cu_seqlens, *state = ctx.saved_tensors
+        slots = [] if depth_k is None or not len(depth_k) else [(depth_k, depth_v)]
+        dq, dk, dv, gradients = ctx.operations.joint_backward(
+            do, q, k, v, out, lse, state, slots, ctx.scale, cu_seqlens
+        )
+        depth_dk, depth_dv = depth_k, depth_v  # of no slots, or none at all: their own gradients
+        for depth_dk, depth_dv in gradients:
+            depth_dk, depth_dv = depth_dk.to(k.dtype), depth_dv.to(v.dtype)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), depth_dk, depth_dv, None, None, None
 
 
-def check_backend(backend: str) -> None:
-    """Raise ValueError unless `backend` is one that exists."""
+def choose_backend(backend: str, q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:
+    """The module that does a call. Raises ValueError for a backend that does not exist or cannot take the call."""
+    if backend == "auto":
+        return reference if joined.unusable(q, cu_seqlens) else joined
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} does not exist: choose one of {', '.join(BACKENDS)}.")
+        raise ValueError(f"backend={backend!r} does not exist: choose one of auto, {', '.join(BACKENDS)}.")
+    if backend == "joined" and (reason := joined.unusable(q, cu_seqlens)):
+        raise ValueError(f"backend='joined' cannot take this call: {reason}. Use backend='auto'.")
+    return BACKENDS[backend]
 
 
 def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -22,25 +22,43 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from moda import reference
-from moda.attention import check_backend, check_sequence
+from moda.attention import check_sequence, choose_backend
 from moda.first_order import first_order
 
 
-@dataclass
-class _Reader:
-    """What one layer's read leaves in its backward for the slots it has read; detached, or it would own its graph."""
+class _Readers:
+    """What the reads of one backward pass leave for the slots they have read, stacked over layers."""
 
-    q: Tensor  # [batch, time, query_heads, head_dim]
-    do: Tensor  # like q
-    lse: Tensor  # [batch, time, query_heads]
-    delta: Tensor  # like lse
-    scale: float
+    def __init__(self, num_layers: int, q: Tensor, lse: Tensor) -> None:
+        self.q = q.new_empty(num_layers, *q.shape)  # [layers, batch, time, query_heads, head_dim]
+        self.do = torch.empty_like(self.q)
+        self.lse = lse.new_empty(num_layers, *lse.shape)  # [layers, batch, time, query_heads]
+        self.delta = torch.empty_like(self.lse)
+        self.finished: dict[int, tuple[float, ModuleType]] = {}  # layer: its scale, the backend that read
+        self.pulled: dict[int, tuple[Tensor, Tensor]] = {}  # slot: gradients that another one's pull took along
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.q, self.do, self.lse, self.delta
+
+    def runs(self, layers: list[int]) -> Iterator[tuple[slice, float, ModuleType]]:
+        """The finished ones among `layers` (rising), as ranges that were read alike."""
+        first = None
+        for layer in layers:
+            alike = self.finished.get(layer)
+            if alike is None:
+                continue
+            first = layer if first is None else first
+            if self.finished.get(layer + 1) != alike or layer + 1 not in layers:
+                yield slice(first, layer + 1), *alike
+                first = None
 
 
 @dataclass(eq=False)
@@ -54,7 +72,7 @@ class _Lease:
     operations: int = 0  # writes and reads of the forward pass so far
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
-    readers: dict[int, dict[int, _Reader]] = field(default_factory=dict)  # graph task: layer: what its backward left
+    readers: dict[int, _Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
 
     def storage(self) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
@@ -64,21 +82,21 @@ class _Lease:
             )
         return self.keys, self.values
 
-    def leave(self, layer: int, reader: _Reader) -> None:
-        """Keep what the read of `layer` leaves for the writes below it."""
+    def readers_of_backward(self, num_layers: int, q: Tensor, lse: Tensor) -> _Readers:
+        """Those of the present backward pass, shaped for readers like q and lse; made at the first read."""
         task = torch._C._current_graph_task_id()
         if task not in self.readers:
-            self.readers[task] = {}
+            self.readers[task] = _Readers(num_layers, q.detach(), lse)
 
             def forget() -> None:
                 self.readers.pop(task, None)
 
             torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward pass ends
-        self.readers[task][layer] = reader
+        return self.readers[task]
 
-    def finished_readers(self) -> dict[int, _Reader]:
-        """Readers whose backward has run in the present backward pass."""
-        return self.readers.get(torch._C._current_graph_task_id(), {})
+    def finished_readers(self) -> _Readers | None:
+        """Those of the present backward pass, None before its first read."""
+        return self.readers.get(torch._C._current_graph_task_id())
 
     def end_backward(self) -> None:
         """The whole graph has been gone through: free the slots unless the graph is kept."""
@@ -167,8 +185,7 @@ class DepthStream:
         """Bytes that the live passes hold: slots, and what readers have left for pulled gradients."""
         held: dict[int, int] = {}
         for lease in list(self._leases.values()):
-            readers = [reader for left in list(lease.readers.values()) for reader in left.values()]
-            left = [t for r in readers for t in (r.q, r.do, r.lse, r.delta)]
+            left = [tensor for readers in list(lease.readers.values()) for tensor in readers.tensors()]
             for tensor in [lease.keys, lease.values, *left]:
                 if tensor is not None:
                     held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -242,7 +259,6 @@ class DepthStream:
         that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one layer, or a
         slot that was never written.
         """
-        check_backend(backend)
         check_sequence(q, k, v, cu_seqlens)
         lease = self._lease(handle)
         self._check_place(layer, 0)
@@ -254,8 +270,9 @@ class DepthStream:
             if missing := [s for s in range(start, stop) if s not in lease.written]:
                 at, slot = divmod(missing[0], self.slots_per_layer)
                 raise RuntimeError(f"Layer {layer} reads slot {slot} of layer {at}, which nothing has written.")
+        operations = choose_backend(backend, q, cu_seqlens)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens)
+        return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens, operations)
 
     @torch.compiler.disable
     def finish(self, handle: Tensor, x: Tensor) -> Tensor:
@@ -294,6 +311,36 @@ class DepthStream:
         return lease
 
 
+def _slots(stream: DepthStream, lease: _Lease, layer: int) -> reference.Slots:
+    """Keys and values that `layer` reads, a pair a range."""
+    keys, values = lease.storage()
+    return [(keys[start:stop], values[start:stop]) for start, stop in stream.read_ranges(layer)]
+
+
+def _pull(stream: DepthStream, lease: _Lease, readers: _Readers, layer: int, slot: int) -> tuple[Tensor, Tensor] | None:
+    """Gradients of a slot from all finished readers of its layer; None when there are none.
+
+    The slots of a layer have the same readers: the one asked for first, the last one written, takes those before it
+    along, so that the readers are gone through once.
+    """
+    if slot in readers.pulled:
+        return readers.pulled.pop(slot)
+    keys, values = lease.storage()
+    first = layer * stream.slots_per_layer
+    taken = slice(first if all(s in lease.written for s in range(first, slot)) else slot, slot + 1)
+    total: tuple[Tensor, Tensor] | None = None
+    reading = [reader for reader in range(layer + 1, stream.num_layers) if stream.reads(reader, layer)]
+    for run, scale, operations in readers.runs(reading):
+        tensors = [tensor[run] for tensor in readers.tensors()]
+        dk, dv = operations.pull(*tensors, keys[taken], values[taken], scale)
+        total = (dk, dv) if total is None else (total[0] + dk, total[1] + dv)
+    if total is None:
+        return None
+    for index in range(taken.start, slot):
+        readers.pulled[index] = (total[0][index - taken.start], total[1][index - taken.start])
+    return total[0][-1], total[1][-1]
+
+
 class _Start(torch.autograd.Function):
     """Owns the lease; its backward is the last of the stream's to run."""
 
@@ -326,59 +373,47 @@ class _Write(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, dk, dv, dhandle):
-        keys, values = ctx.lease.storage()
-        k, v = keys[ctx.slot], values[ctx.slot]
-        dtype = reference.accumulation_dtype(k.dtype)
-        dk = torch.zeros_like(k, dtype=dtype) if dk is None else dk.to(dtype)
-        dv = torch.zeros_like(v, dtype=dtype) if dv is None else dv.to(dtype)
-        for layer, reader in list(ctx.lease.finished_readers().items()):
-            if ctx.stream.reads(layer, ctx.layer):
-                read_dk, read_dv = reference.depth_backward_slots(
-                    reader.do, reader.q, k[None], v[None], reader.lse, reader.delta, reader.scale
-                )
-                dk, dv = dk + read_dk[0], dv + read_dv[0]
-        return k.new_empty(ctx.handle_shape), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        keys, _ = ctx.lease.storage()
+        readers = ctx.lease.finished_readers()
+        pulled = None if readers is None else _pull(ctx.stream, ctx.lease, readers, ctx.layer, ctx.slot)
+        gradients = []
+        for own, read in zip((dk, dv), pulled or (None, None), strict=True):
+            if own is None and read is None:  # nobody has read: zeros, not no gradient
+                own = keys.new_zeros(ctx.stream.slot_shape)
+            total = own if read is None else read if own is None else read + own
+            gradients.append(total.to(keys.dtype))
+        return keys.new_empty(ctx.handle_shape), *gradients, None, None, None, None
 
 
 class _Attend(torch.autograd.Function):
     """Joint attention over the sequence and the slots below; the backward leaves (q, do, lse, delta) for the writes."""
 
     @staticmethod
-    def forward(ctx, handle, q, k, v, stream, lease, layer, scale, cu_seqlens):
+    def forward(ctx, handle, q, k, v, stream, lease, layer, scale, cu_seqlens, operations):
         ctx.set_materialize_grads(False)
-        keys, values = lease.storage()
-        o, lse = reference.sequence_forward(q, k, v, scale, cu_seqlens)
-        for start, stop in stream.read_ranges(layer):
-            o, lse = reference.depth_forward(q, keys[start:stop], values[start:stop], o, lse, scale)
-        out = o.to(q.dtype)
+        out, lse, state = operations.joint_forward(q, k, v, _slots(stream, lease, layer), scale, cu_seqlens)
         lease.read.add(layer)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
-        ctx.stream, ctx.lease, ctx.layer, ctx.scale, ctx.handle_shape = stream, lease, layer, scale, handle.shape
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, *state)
+        ctx.stream, ctx.lease, ctx.layer, ctx.handle_shape = stream, lease, layer, handle.shape
+        ctx.scale, ctx.operations = scale, operations
         return out, _next_handle(handle, lease)
 
     @staticmethod
     @first_order
     def backward(ctx, do, dhandle):
         if do is None:  # the output is not part of the loss
-            return dhandle if dhandle is None else dhandle.new_empty(ctx.handle_shape), *[None] * 8
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        keys, values = ctx.lease.storage()
-        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        dq, dk, dv = reference.sequence_backward(do, q, k, v, lse, delta, ctx.scale, cu_seqlens)
-        for start, stop in ctx.stream.read_ranges(ctx.layer):
-            dq = dq + reference.depth_backward_query(do, q, keys[start:stop], values[start:stop], lse, delta, ctx.scale)
-        ctx.lease.leave(ctx.layer, _Reader(q.detach(), do.detach(), lse, delta, ctx.scale))
-        return (
-            do.new_empty(ctx.handle_shape),
-            dq.to(q.dtype),
-            dk.to(k.dtype),
-            dv.to(v.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+            return dhandle if dhandle is None else dhandle.new_empty(ctx.handle_shape), *[None] * 9
+        q, k, v, out, lse, cu_seqlens, *state = ctx.saved_tensors
+        slots = _slots(ctx.stream, ctx.lease, ctx.layer)
+        arguments = (do, q, k, v, out, lse, state, slots, ctx.scale, cu_seqlens)
+        if slots:
+            readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, q, lse)
+            left = tuple(tensor[ctx.layer] for tensor in readers.tensors())
+            dq, dk, dv = ctx.operations.reader_backward(*arguments, left)
+            readers.finished[ctx.layer] = (ctx.scale, ctx.operations)
+        else:
+            dq, dk, dv, _ = ctx.operations.joint_backward(*arguments)
+        return do.new_empty(ctx.handle_shape), dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 6
 
 
 class _Finish(torch.autograd.Function):

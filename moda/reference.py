@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+Slots = list[tuple[Tensor, Tensor]]  # ranges of keys and values [slots, batch, time, kv_heads, head_dim]
+
 QUERY_CHUNK = 512  # queries whose scores exist at one time: bounds the transient memory, skips most of the masked half
 
 
@@ -159,6 +161,83 @@ def depth_backward_slots(
     dk = torch.einsum("bthgs,bthgd->sbthd", _grouped(ds, kv_heads), queries)
     dv = torch.einsum("bthgs,bthgd->sbthd", _grouped(p, kv_heads), grads)
     return dk, dv
+
+
+def joint_forward(
+    q: Tensor, k: Tensor, v: Tensor, slots: Slots, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Output (dtype of q), lse (accumulation dtype), and what the backward needs besides: nothing here."""
+    o, lse = sequence_forward(q, k, v, scale, cu_seqlens)
+    for keys, values in slots:
+        o, lse = depth_forward(q, keys, values, o, lse, scale)
+    return o.to(q.dtype), lse, []
+
+
+def joint_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: list[Tensor],
+    slots: Slots,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Slots]:
+    """dq, dk, dv, and the gradients of each range of slots that this one reader gives."""
+    dq, dk, dv, delta = _joint_backward(do, q, k, v, out, lse, slots, scale, cu_seqlens)
+    return dq, dk, dv, [depth_backward_slots(do, q, *pair, lse, delta, scale) for pair in slots]
+
+
+def reader_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    state: list[Tensor],
+    slots: Slots,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    left: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; q, do, lse and delta are written to `left`, for the slots to be pulled."""
+    dq, dk, dv, delta = _joint_backward(do, q, k, v, out, lse, slots, scale, cu_seqlens)
+    for kept, tensor in zip(left, (q, do, lse, delta), strict=True):
+        kept.copy_(tensor)
+    return dq, dk, dv
+
+
+def pull(
+    q: Tensor, do: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of slots k, v [slots, ...] from readers stacked on the first axis of q, do, lse, delta."""
+    dk = torch.zeros_like(k, dtype=lse.dtype)
+    dv = torch.zeros_like(v, dtype=lse.dtype)
+    for reader in zip(do, q, lse, delta, strict=True):
+        read_dk, read_dv = depth_backward_slots(*reader[:2], k, v, *reader[2:], scale)
+        dk, dv = dk + read_dk, dv + read_dv
+    return dk, dv
+
+
+def _joint_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Slots,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    dq, dk, dv = sequence_backward(do, q, k, v, lse, delta, scale, cu_seqlens)
+    for keys, values in slots:
+        dq = dq + depth_backward_query(do, q, keys, values, lse, delta, scale)
+    return dq, dk, dv, delta
 
 
 def _depth_scores(q: Tensor, depth_k: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

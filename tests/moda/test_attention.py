@@ -122,6 +122,7 @@ def tensor(*shape, dtype=torch.float32):
         ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 5, 2, 8)] * 2), {}, r"depth_k \(2, 1, 5, 2, 8\)"),
         ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 4, 2, 8, dtype=torch.float16)] * 2), {}, "dtype and device of k"),
         ([tensor(1, 4, 2, 8)] * 3, {"backend": "fast"}, "backend='fast'"),
+        ([tensor(1, 4, 2, 8)] * 3, {"backend": "joined"}, "needs a CUDA device"),
         ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 3])}, r"batch \* time = 4"),
         ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0.0, 4.0])}, "integers"),
         ([tensor(1, 0, 2, 8)] * 3, {}, "no axis empty"),

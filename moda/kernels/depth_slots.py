@@ -1,0 +1,169 @@
+"""Triton kernels of the depth part that own slots and go through the readers: the pulled gradients of keys and values.
+
+Rows, padding and the two ways are those of `moda.kernels.depth_query`. A program holds some slots of a row, or of a
+block of rows, and the fp32 sums of their gradients; what it streams is the queries and gradients that readers have
+left. So the bytes do not depend on the number of slots: the slots of several layers can share one pass.
+"""
+
+import triton
+import triton.language as tl
+
+from moda.kernels.depth_query import LOG2E
+
+
+@triton.jit
+def store_sum(
+    total, out, at, partial, at_partial, in_slots, add, at_add, in_add, PARTIAL: tl.constexpr, ADD: tl.constexpr
+):
+    """Store the sum over readers, with a partial sum of every slot and what the sequence has left for slot 0."""
+    if PARTIAL:
+        total += tl.load(partial + at_partial, mask=in_slots, other=0.0)
+    if ADD:
+        total += tl.load(add + at_add, mask=in_add, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_slots)
+
+
+@triton.jit(do_not_specialize=["first", "last", "slots"])
+def slots_vector(
+    q,  # [readers, rows, G, D], one reader `reader_stride` apart
+    do,  # likewise
+    lse,  # [readers, rows, G], one reader `statistic_stride` apart
+    delta,
+    k,  # [slots, rows, D]
+    v,
+    dk,  # [slots, rows, D], out
+    dv,
+    add_dk,  # [rows, D], if ADD
+    add_dv,
+    partial_dk,  # [slots, rows, D] in fp32, if PARTIAL
+    partial_dv,
+    first,
+    last,
+    rows,
+    slots,
+    reader_stride,
+    statistic_stride,
+    slot_stride,
+    gradient_stride,
+    partial_stride,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    start = pid.to(tl.int64) * BLOCK
+    i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
+    j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    in_lse = pid * BLOCK + i < rows
+    in_q = in_lse[:, None] & (d < D)[None, :]
+    in_slots = (j < slots)[:, None, None] & in_q[None, :, :]
+    in_add = (j == 0)[:, None, None] & in_q[None, :, :]
+    slot = j.to(tl.int64)[:, None, None]
+    at_add = start * D + (i[:, None] * D + d[None, :])[None, :, :]
+    at_gradient = slot * gradient_stride + at_add
+    at_partial = slot * partial_stride + at_add
+    at_q = i[:, None] * (G * D) + d[None, :]
+    at_lse = i * G
+    keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
+    values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
+    dk_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
+    dv_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
+
+    reader = first.to(tl.int64)
+    q += reader * reader_stride + start * G * D
+    do += reader * reader_stride + start * G * D
+    lse += reader * statistic_stride + start * G
+    delta += reader * statistic_stride + start * G
+    for _ in tl.range(first, last, num_stages=STAGES):
+        for g in tl.static_range(G):
+            queries = tl.load(q + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
+            grads = tl.load(do + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
+            lse_rows = tl.load(lse + at_lse + g, mask=in_lse, other=0.0) * LOG2E
+            delta_rows = tl.load(delta + at_lse + g, mask=in_lse, other=0.0)
+            p = tl.exp2(tl.sum(keys * queries, 2) * (scale * LOG2E) - lse_rows[None, :])
+            ds = p * (tl.sum(values * grads, 2) - delta_rows[None, :]) * scale
+            dk_sum += ds[:, :, None] * queries
+            dv_sum += p[:, :, None] * grads
+        q += reader_stride
+        do += reader_stride
+        lse += statistic_stride
+        delta += statistic_stride
+    store_sum(dk_sum, dk, at_gradient, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
+    store_sum(dv_sum, dv, at_gradient, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
+
+
+@triton.jit(do_not_specialize=["first", "last", "slots"])
+def slots_tensor(
+    q,
+    do,
+    lse,
+    delta,
+    k,
+    v,
+    dk,
+    dv,
+    add_dk,
+    add_dv,
+    partial_dk,
+    partial_dv,
+    first,
+    last,
+    rows,
+    slots,
+    reader_stride,
+    statistic_stride,
+    slot_stride,
+    gradient_stride,
+    partial_stride,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    ADD: tl.constexpr,
+    PARTIAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
+    j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
+    in_slots = (j < slots)[:, None] & (d < D)[None, :]
+    in_add = (j == 0)[:, None] & (d < D)[None, :]
+    slot = j.to(tl.int64)[:, None]
+    at_add = row * D + d[None, :]
+    at_gradient = slot * gradient_stride + at_add
+    at_partial = slot * partial_stride + at_add
+    keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0)
+    values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0)
+    dk_sum = tl.zeros([SLOTS, DP], tl.float32)
+    dv_sum = tl.zeros([SLOTS, DP], tl.float32)
+
+    q += row * G * D
+    do += row * G * D
+    lse += row * G
+    delta += row * G
+    # A product takes BLOCK queries, those of BLOCK / G readers; counted from the first query of the first reader.
+    for at in tl.range(first * G, last * G, BLOCK, num_stages=STAGES):
+        index = at + i
+        left = index < last * G
+        in_q = left[:, None] & (d < D)[None, :]
+        reader, g = (index // G).to(tl.int64), index % G
+        at_q = (g * D)[:, None] + d[None, :]
+        queries = tl.load(q + (reader * reader_stride)[:, None] + at_q, mask=in_q, other=0.0)
+        grads = tl.load(do + (reader * reader_stride)[:, None] + at_q, mask=in_q, other=0.0)
+        lse_rows = tl.load(lse + reader * statistic_stride + g, mask=left, other=0.0) * LOG2E
+        delta_rows = tl.load(delta + reader * statistic_stride + g, mask=left, other=0.0)
+        s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
+        p = tl.exp2(s - lse_rows[None, :])
+        ds = p * (tl.dot(values, tl.trans(grads), input_precision="ieee") - delta_rows[None, :]) * scale
+        dk_sum = tl.dot(ds.to(queries.dtype), queries, dk_sum, input_precision="ieee")
+        dv_sum = tl.dot(p.to(grads.dtype), grads, dv_sum, input_precision="ieee")
+    store_sum(dk_sum, dk, at_gradient, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
+    store_sum(dv_sum, dv, at_gradient, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
