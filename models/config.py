@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that the output product has aligned shapes
@@ -52,11 +52,6 @@ class ModelConfig:
         if self.vocab_size is None:
             raise ConfigError("model.vocab_size=null has no value yet: it is taken from the data when a run starts.")
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def group_size(self) -> int:
-        """Query heads per kv head (G)."""
-        return self.num_heads // self.num_kv_heads
 
     @property
     def slots_per_layer(self) -> int:
@@ -117,11 +112,6 @@ class ModelConfig:
 
     def _require(self, condition: bool, name: str, remedy: str) -> None:
         require(condition, f"model.{name}", getattr(self, name), remedy)
-
-    @classmethod
-    def field_names(cls) -> list[str]:
-        """Names of all fields, in order."""
-        return [f.name for f in fields(cls)]
 
 
 def require(condition: bool, key: str, value: Any, remedy: str) -> None:
