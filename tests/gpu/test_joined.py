@@ -1,4 +1,4 @@
-"""The joined backend on a GPU against the definition in float64: no worse than the reference in the same dtype."""
+"""The joined backend on a GPU against the definition in float64, within the rounding of its dtype."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def combined_error(got, want):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("slots", [0, 1, 9])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients_are_as_exact_as_those_of_the_reference(shape, slots, dtype):
+def test_outputs_and_gradients_equal_the_definition_within_rounding(shape, slots, dtype):
     batch, time, group = shape
     generator = torch.Generator("cuda").manual_seed(0)
     token = (batch, time, 2, 64)
@@ -29,19 +29,16 @@ def test_outputs_and_gradients_are_as_exact_as_those_of_the_reference(shape, slo
     do = torch.randn(sizes[0], device="cuda", dtype=dtype, generator=generator)
     expected, expected_lse = reference.definition(*wide)
     want = [expected, *torch.autograd.grad(expected, wide, do.double())]
-    errors = {}
-    for backend in ("joined", "reference"):
-        out, lse = moda.attention(*inputs, backend=backend, return_lse=True)
-        got = [out, *torch.autograd.grad(out, inputs, do)]
-        errors[backend] = [combined_error([g], [w]) for g, w in zip(got, want, strict=True) if w.norm() > 1e-6]
-        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+    out, lse = moda.attention(*inputs, backend="joined", return_lse=True)
+    got = [out, *torch.autograd.grad(out, inputs, do)]
+    errors = [combined_error([g], [w]) for g, w in zip(got, want, strict=True) if w.norm() > 1e-6]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
     tolerance = 5e-3 if dtype == torch.bfloat16 else 1e-3
-    assert all(error < 2 * tolerance for error in errors["joined"]), errors
+    assert max(errors) < 2 * tolerance, errors
 
 
 def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere():
     q = torch.zeros(1, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
-    assert moda.attention.__module__ == "moda.attention"
     assert joined.unusable(q, None) is None
     assert "fp16" in str(joined.unusable(q.float(), None))
     assert "document" in str(joined.unusable(q, torch.tensor([0, 4])))
