@@ -1,6 +1,7 @@
 """Mixture-of-Depths Attention (arXiv 2603.15619): one softmax over a layer's sequence and over the depth of a token.
 
-Public names: `attention`, the stand-alone operator; `DepthStream`, keys and values that layers leave for later ones.
+Public names: `attention`, the stand-alone operator; `explain`, which kernels a call of it takes; `DepthStream`, keys
+and values that layers leave for later ones.
 
 Axis names in shape comments, here and in every module of the package:
     batch, time     rows of the batch, positions of a row
@@ -13,7 +14,7 @@ Letters of the mathematics: q, k, v as usual; o the output and lse the log-sum-e
 softmax; p its probabilities; do the gradient of o; delta = rowsum(do * o); ds the gradient of a scaled score.
 """
 
-from moda.attention import attention
+from moda.attention import attention, explain
 from moda.depth_stream import DepthStream
 
-__all__ = ["DepthStream", "attention"]
+__all__ = ["DepthStream", "attention", "explain"]

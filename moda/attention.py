@@ -6,16 +6,13 @@ request. Arguments are checked here; the arithmetic is a backend's (`moda.refere
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from moda import joined, reference
-from moda.first_order import first_order
-
-BACKENDS = {"reference": reference, "joined": joined}
+from moda import operators
+from moda.backends import choose_backend, reasons_against
 
 
 @overload
@@ -65,7 +62,8 @@ def attention(
     Args:
         q: queries [batch, time, query_heads, head_dim].
         k, v: keys and values [batch, time, kv_heads, head_dim]; query head h reads kv head
-            h // (query_heads / kv_heads).
+            h // (query_heads / kv_heads). Their time may be longer than that of q: the queries are then those of the
+            last tokens (decoding with a cache).
         depth_k, depth_v: depth keys and values [slots, batch, time, kv_heads, head_dim], read at the query's own
             position only. Both or neither; zero slots are allowed.
         scale: factor of the scores; head_dim ** -0.5 when None.
@@ -83,51 +81,31 @@ def attention(
         ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist or cannot do this.
     """
     check_sequence(q, k, v, cu_seqlens)
-    _check_depth(k, depth_k, depth_v)
-    operations = choose_backend(backend, q, cu_seqlens)
+    _check_depth(q, k, depth_k, depth_v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _Attention.apply(q, k, v, depth_k, depth_v, scale, cu_seqlens, operations)
-    return (out, lse) if return_lse else out
+    out, lse = operators.attention(q, k, v, depth_k, depth_v, scale, cu_seqlens, backend)
+    return (out, lse.detach().float()) if return_lse else out
 
 
-class _Attention(torch.autograd.Function):
-    """Keeps inputs, o and lse, never the scores."""
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    depth_k: Tensor | None = None,
+    depth_v: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> str:
+    """Which backend a call of `attention` with these arguments takes, with which kernels, and why not a faster one.
 
-    @staticmethod
-    def forward(ctx, q, k, v, depth_k, depth_v, scale, cu_seqlens, operations):
-        if depth_k is not None:
-            depth_k, depth_v = depth_k.contiguous(), depth_v.contiguous()
-        slots = [] if depth_k is None or not len(depth_k) else [(depth_k, depth_v)]
-        out, lse, state = operations.joint_forward(q, k, v, slots, scale, cu_seqlens)
-        ctx.save_for_backward(q, k, v, depth_k, depth_v, out, lse, cu_seqlens, *state)
-        ctx.scale, ctx.operations = scale, operations
-        lse_out = lse.to(torch.float32, copy=True)
-        ctx.mark_non_differentiable(lse_out)
-        return out, lse_out
-
-    @staticmethod
-    @first_order
-    def backward(ctx, do, _):
-        q, k, v, depth_k, depth_v, out, lse, cu_seqlens, *state = ctx.saved_tensors
-        slots = [] if depth_k is None or not len(depth_k) else [(depth_k, depth_v)]
-        dq, dk, dv, gradients = ctx.operations.joint_backward(
-            do, q, k, v, out, lse, state, slots, ctx.scale, cu_seqlens
-        )
-        depth_dk, depth_dv = depth_k, depth_v  # of no slots, or none at all: their own gradients
-        for depth_dk, depth_dv in gradients:
-            depth_dk, depth_dv = depth_dk.to(k.dtype), depth_dv.to(v.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), depth_dk, depth_dv, None, None, None
-
-
-def choose_backend(backend: str, q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:
-    """The module that does a call. Raises ValueError for a backend that does not exist or cannot take the call."""
-    if backend == "auto":
-        return reference if joined.unusable(q, cu_seqlens) else joined
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} does not exist: choose one of auto, {', '.join(BACKENDS)}.")
-    if backend == "joined" and (reason := joined.unusable(q, cu_seqlens)):
-        raise ValueError(f"backend='joined' cannot take this call: {reason}. Use backend='auto'.")
-    return BACKENDS[backend]
+    Nothing is computed. Raises ValueError where `attention` would.
+    """
+    check_sequence(q, k, v, cu_seqlens)
+    _check_depth(q, k, depth_k, depth_v)
+    chosen = choose_backend(backend, q, k, cu_seqlens)
+    lines = [f"{chosen.__name__.rpartition('.')[2]}: {chosen.explain(q, k, cu_seqlens)}"]
+    return "\n".join(lines + (reasons_against(q, k, cu_seqlens) if backend == "auto" else []))
 
 
 def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
@@ -135,8 +113,10 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q, k and v must have the axes [batch, time, heads, head_dim], got {shapes}.")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"k and v must have one shape, and batch, time and head_dim of q, got {shapes}.")
+    if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[1] > k.shape[1] or q.shape[3] != k.shape[3]:
+        raise ValueError(
+            f"k and v must have one shape, batch and head_dim of q, and at least as many tokens as q, got {shapes}."
+        )
     if q.numel() == 0 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"The query heads must be a positive multiple of the kv heads, no axis empty, got {shapes}.")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -148,23 +128,27 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
             "cu_seqlens must hold integers [documents + 1] from 0 to batch * time, "
             f"got shape {tuple(cu_seqlens.shape)}, dtype {cu_seqlens.dtype}."
         )
+    if cu_seqlens is not None and q.shape[1] != k.shape[1]:
+        raise ValueError(f"cu_seqlens needs as many queries as keys, got {shapes}.")
     if cu_seqlens is not None and cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}.")
-    if cu_seqlens is not None and not cu_seqlens.is_cuda:  # reading values on a GPU would stall its queue
+    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
+        # Not on a GPU: reading values there would stall its queue.
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != q.shape[0] * q.shape[1] or sorted(ends) != ends:
             raise ValueError(f"cu_seqlens must rise from 0 to batch * time = {q.shape[0] * q.shape[1]}, got {ends}.")
 
 
-def _check_depth(k: Tensor, depth_k: Tensor | None, depth_v: Tensor | None) -> None:
+def _check_depth(q: Tensor, k: Tensor, depth_k: Tensor | None, depth_v: Tensor | None) -> None:
     if depth_k is None or depth_v is None:
         if depth_k is not depth_v:
             raise ValueError("depth_k and depth_v are given together or not at all.")
         return
-    if depth_k.dim() != 5 or depth_k.shape != depth_v.shape or depth_k.shape[1:] != k.shape:
+    if depth_k.dim() != 5 or depth_k.shape != depth_v.shape or depth_k.shape[1:] != (*q.shape[:2], *k.shape[2:]):
         raise ValueError(
-            "depth_k and depth_v must both have the axes [slots, batch, time, kv_heads, head_dim] of k, "
-            f"got depth_k {tuple(depth_k.shape)}, depth_v {tuple(depth_v.shape)}, k {tuple(k.shape)}."
+            "depth_k and depth_v must both be [slots, batch, time, kv_heads, head_dim], with batch and time of q and "
+            f"heads of k, got depth_k {tuple(depth_k.shape)}, depth_v {tuple(depth_v.shape)}, q {tuple(q.shape)}, "
+            f"k {tuple(k.shape)}."
         )
     if not depth_k.dtype == depth_v.dtype == k.dtype or not depth_k.device == depth_v.device == k.device:
         raise ValueError(

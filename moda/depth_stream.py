@@ -22,43 +22,16 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from moda import reference
-from moda.attention import check_sequence, choose_backend
+from moda.attention import check_sequence
+from moda.backends import choose_backend
 from moda.first_order import first_order
-
-
-class _Readers:
-    """What the reads of one backward pass leave for the slots they have read, stacked over layers."""
-
-    def __init__(self, num_layers: int, q: Tensor, lse: Tensor) -> None:
-        self.q = q.new_empty(num_layers, *q.shape)  # [layers, batch, time, query_heads, head_dim]
-        self.do = torch.empty_like(self.q)
-        self.lse = lse.new_empty(num_layers, *lse.shape)  # [layers, batch, time, query_heads]
-        self.delta = torch.empty_like(self.lse)
-        self.finished: dict[int, tuple[float, ModuleType]] = {}  # layer: its scale, the backend that read
-        self.pulled: dict[int, tuple[Tensor, Tensor]] = {}  # slot: gradients that another one's pull took along
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.q, self.do, self.lse, self.delta
-
-    def runs(self, layers: list[int]) -> Iterator[tuple[slice, float, ModuleType]]:
-        """The finished ones among `layers` (rising), as ranges that were read alike."""
-        first = None
-        for layer in layers:
-            alike = self.finished.get(layer)
-            if alike is None:
-                continue
-            first = layer if first is None else first
-            if self.finished.get(layer + 1) != alike or layer + 1 not in layers:
-                yield slice(first, layer + 1), *alike
-                first = None
+from moda.readers import Gradients, Readers, Way
 
 
 @dataclass(eq=False)
@@ -72,7 +45,7 @@ class _Lease:
     operations: int = 0  # writes and reads of the forward pass so far
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
-    readers: dict[int, _Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
+    readers: dict[int, Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
 
     def storage(self) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
@@ -82,11 +55,11 @@ class _Lease:
             )
         return self.keys, self.values
 
-    def readers_of_backward(self, num_layers: int, q: Tensor, lse: Tensor) -> _Readers:
-        """Those of the present backward pass, shaped for readers like q and lse; made at the first read."""
+    def readers_of_backward(self, num_layers: int, lse: Tensor) -> Readers:
+        """Those of the present backward pass, shaped for readers with such an lse; made at the first read."""
         task = torch._C._current_graph_task_id()
         if task not in self.readers:
-            self.readers[task] = _Readers(num_layers, q.detach(), lse)
+            self.readers[task] = Readers(num_layers, lse)
 
             def forget() -> None:
                 self.readers.pop(task, None)
@@ -94,7 +67,7 @@ class _Lease:
             torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward pass ends
         return self.readers[task]
 
-    def finished_readers(self) -> _Readers | None:
+    def finished_readers(self) -> Readers | None:
         """Those of the present backward pass, None before its first read."""
         return self.readers.get(torch._C._current_graph_task_id())
 
@@ -183,13 +156,10 @@ class DepthStream:
     @property
     def nbytes(self) -> int:
         """Bytes that the live passes hold: slots, and what readers have left for pulled gradients."""
-        held: dict[int, int] = {}
-        for lease in list(self._leases.values()):
-            left = [tensor for readers in list(lease.readers.values()) for tensor in readers.tensors()]
-            for tensor in [lease.keys, lease.values, *left]:
-                if tensor is not None:
-                    held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return sum(held.values())
+        leases = list(self._leases.values())
+        slots = [tensor for lease in leases for tensor in (lease.keys, lease.values) if tensor is not None]
+        left = [readers.nbytes for lease in leases for readers in list(lease.readers.values())]
+        return sum(tensor.untyped_storage().nbytes() for tensor in slots) + sum(left)
 
     def read_ranges(self, layer: int) -> list[tuple[int, int]]:
         """Slots that `layer` reads, as half-open ranges in rising order."""
@@ -255,6 +225,9 @@ class DepthStream:
     ) -> tuple[Tensor, Tensor]:
         """Attention of `layer` over its sequence and the slots of the layers before it; shapes as `moda.attention`.
 
+        k, v may be longer than the slots, with the tokens before these at their front (a key-value cache): slots are of
+        the queries' own tokens and need none.
+
         Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError for arguments
         that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one layer, or a
         slot that was never written.
@@ -264,13 +237,16 @@ class DepthStream:
         self._check_place(layer, 0)
         if layer in lease.read and not _in_backward():
             raise RuntimeError(f"Layer {layer} has read already in this pass: a layer reads once.")
-        if k.shape != self.slot_shape or k.dtype != self.dtype:
-            raise ValueError(f"k ({tuple(k.shape)}, {k.dtype}) must have the stream's {self.slot_shape}, {self.dtype}.")
+        if (*q.shape[:2], *k.shape[2:]) != self.slot_shape or k.dtype != self.dtype:
+            raise ValueError(
+                f"q {tuple(q.shape)} and k ({tuple(k.shape)}, {k.dtype}) must have batch and time, and heads, head_dim "
+                f"and dtype, of the stream's slots, {self.slot_shape}, {self.dtype}."
+            )
         for start, stop in self.read_ranges(layer):
             if missing := [s for s in range(start, stop) if s not in lease.written]:
                 at, slot = divmod(missing[0], self.slots_per_layer)
                 raise RuntimeError(f"Layer {layer} reads slot {slot} of layer {at}, which nothing has written.")
-        operations = choose_backend(backend, q, cu_seqlens)
+        operations = choose_backend(backend, q, k, cu_seqlens)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens, operations)
 
@@ -317,28 +293,12 @@ def _slots(stream: DepthStream, lease: _Lease, layer: int) -> reference.Slots:
     return [(keys[start:stop], values[start:stop]) for start, stop in stream.read_ranges(layer)]
 
 
-def _pull(stream: DepthStream, lease: _Lease, readers: _Readers, layer: int, slot: int) -> tuple[Tensor, Tensor] | None:
-    """Gradients of a slot from all finished readers of its layer; None when there are none.
-
-    The slots of a layer have the same readers: the one asked for first, the last one written, takes those before it
-    along, so that the readers are gone through once.
-    """
-    if slot in readers.pulled:
-        return readers.pulled.pop(slot)
-    keys, values = lease.storage()
-    first = layer * stream.slots_per_layer
-    taken = slice(first if all(s in lease.written for s in range(first, slot)) else slot, slot + 1)
-    total: tuple[Tensor, Tensor] | None = None
-    reading = [reader for reader in range(layer + 1, stream.num_layers) if stream.reads(reader, layer)]
-    for run, scale, operations in readers.runs(reading):
-        tensors = [tensor[run] for tensor in readers.tensors()]
-        dk, dv = operations.pull(*tensors, keys[taken], values[taken], scale)
-        total = (dk, dv) if total is None else (total[0] + dk, total[1] + dv)
-    if total is None:
+def _pull(stream: DepthStream, lease: _Lease, layer: int, slot: int) -> Gradients | None:
+    """What the readers of the present backward pass give to a slot."""
+    readers = lease.finished_readers()
+    if readers is None:
         return None
-    for index in range(taken.start, slot):
-        readers.pulled[index] = (total[0][index - taken.start], total[1][index - taken.start])
-    return total[0][-1], total[1][-1]
+    return readers.pull(layer, slot, lease.written, *lease.storage(), stream.slots_per_layer, stream.reads)
 
 
 class _Start(torch.autograd.Function):
@@ -374,14 +334,12 @@ class _Write(torch.autograd.Function):
     @first_order
     def backward(ctx, dk, dv, dhandle):
         keys, _ = ctx.lease.storage()
-        readers = ctx.lease.finished_readers()
-        pulled = None if readers is None else _pull(ctx.stream, ctx.lease, readers, ctx.layer, ctx.slot)
+        pulled = _pull(ctx.stream, ctx.lease, ctx.layer, ctx.slot)
         gradients = []
         for own, read in zip((dk, dv), pulled or (None, None), strict=True):
             if own is None and read is None:  # nobody has read: zeros, not no gradient
                 own = keys.new_zeros(ctx.stream.slot_shape)
-            total = own if read is None else read if own is None else read + own
-            gradients.append(total.to(keys.dtype))
+            gradients.append(own if read is None else read if own is None else read.add_(own))
         return keys.new_empty(ctx.handle_shape), *gradients, None, None, None, None
 
 
@@ -391,9 +349,9 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, handle, q, k, v, stream, lease, layer, scale, cu_seqlens, operations):
         ctx.set_materialize_grads(False)
-        out, lse, state = operations.joint_forward(q, k, v, _slots(stream, lease, layer), scale, cu_seqlens)
+        out, lse = operations.joint_forward(q, k, v, _slots(stream, lease, layer), scale, cu_seqlens)
         lease.read.add(layer)
-        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens, *state)
+        ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.stream, ctx.lease, ctx.layer, ctx.handle_shape = stream, lease, layer, handle.shape
         ctx.scale, ctx.operations = scale, operations
         return out, _next_handle(handle, lease)
@@ -403,14 +361,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, do, dhandle):
         if do is None:  # the output is not part of the loss
             return dhandle if dhandle is None else dhandle.new_empty(ctx.handle_shape), *[None] * 9
-        q, k, v, out, lse, cu_seqlens, *state = ctx.saved_tensors
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         slots = _slots(ctx.stream, ctx.lease, ctx.layer)
-        arguments = (do, q, k, v, out, lse, state, slots, ctx.scale, cu_seqlens)
+        arguments = (do, q, k, v, out, lse, slots, ctx.scale, cu_seqlens)
         if slots:
-            readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, q, lse)
-            left = tuple(tensor[ctx.layer] for tensor in readers.tensors())
-            dq, dk, dv = ctx.operations.reader_backward(*arguments, left)
-            readers.finished[ctx.layer] = (ctx.scale, ctx.operations)
+            readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, lse)
+            dq, dk, dv = ctx.operations.reader_backward(*arguments, readers, ctx.layer)
+            readers.ways[ctx.layer] = Way(ctx.scale, ctx.operations)
         else:
             dq, dk, dv, _ = ctx.operations.joint_backward(*arguments)
         return do.new_empty(ctx.handle_shape), dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 6

@@ -11,13 +11,16 @@ backward apart, without keeping scores for backward:
     dq = dq_s + sum_j ds_j k_j * scale,  dk_j = ds_j q * scale,  dv_j = p_j do,  the last two summed over the G query
     heads of a kv head; dq_s, dk, dv of the sequence follow the same formulas from the joint o and lse.
 
-Arithmetic is in fp32 (float64 for float64 inputs); outputs have the dtype of the queries.
+Arithmetic is in fp32 (float64 for float64 inputs); outputs have the dtype of the queries. Where there are fewer queries
+than keys of the sequence, they are those of its last tokens.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from moda.readers import Gradients, Readers
 
 Slots = list[tuple[Tensor, Tensor]]  # ranges of keys and values [slots, batch, time, kv_heads, head_dim]
 
@@ -36,7 +39,7 @@ def document_ids(cu_seqlens: Tensor, batch: int, time: int) -> Tensor:
 
 
 def visible(documents: Tensor | None, start: int, stop: int, device: torch.device) -> Tensor:
-    """Which keys 0..stop-1 the queries start..stop-1 may see: causal, same document. [batch or 1, queries, keys]."""
+    """Which keys 0..stop-1 the queries at start..stop-1 may see: causal, same document. [batch or 1, queries, keys]."""
     queries = torch.arange(start, stop, device=device)
     mask = (torch.arange(stop, device=device) <= queries[:, None])[None]
     if documents is None:
@@ -63,26 +66,28 @@ def definition(
     group = query_heads // k.shape[2]
     scale = head_dim**-0.5 if scale is None else scale
     documents = None if cu_seqlens is None else document_ids(cu_seqlens, batch, time)
-    mask = visible(documents, 0, time, q.device)
+    keys = k.shape[1]
+    mask = visible(documents, keys - time, keys, q.device)
     logits = torch.einsum("bthd,buhd->bthu", q, k.repeat_interleave(group, 2)) * scale
     logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
     if depth_k is not None:
         depth_logits = torch.einsum("bthd,sbthd->bths", q, depth_k.repeat_interleave(group, 3)) * scale
         logits = torch.cat((logits, depth_logits), -1)
     p = logits.softmax(-1)
-    out = torch.einsum("bthu,buhd->bthd", p[..., :time], v.repeat_interleave(group, 2))
+    out = torch.einsum("bthu,buhd->bthd", p[..., :keys], v.repeat_interleave(group, 2))
     if depth_v is not None:
-        out = out + torch.einsum("bths,sbthd->bthd", p[..., time:], depth_v.repeat_interleave(group, 3))
+        out = out + torch.einsum("bths,sbthd->bthd", p[..., keys:], depth_v.repeat_interleave(group, 3))
     return out, logits.logsumexp(-1)
 
 
 def sequence_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """Causal attention over the sequence alone.
 
-    Returns o [batch, time, query_heads, head_dim] and lse [batch, time, query_heads], both in the accumulation dtype.
+    Returns o [batch, time, query_heads, head_dim] and lse [batch, time, query_heads], both in the accumulation dtype;
+    lse lies in memory as [batch, query_heads, time], as in the vendors' kernels.
     """
-    batch, time, query_heads, _ = q.shape
-    kv_heads = k.shape[2]
+    batch, time, _, _ = q.shape
+    kv_heads, offset = k.shape[2], k.shape[1] - time
     rows, keys, values = _by_kv_head(q, kv_heads), _by_head(k), _by_head(v)
     documents = None if cu_seqlens is None else document_ids(cu_seqlens, batch, time)
     o = torch.empty_like(rows)
@@ -92,9 +97,9 @@ def sequence_forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: 
         s = _scores(rows, keys, documents, start, stop, scale)
         lse_chunk = s.logsumexp(-1)
         p = torch.exp(s - lse_chunk[..., None])
-        o[..., start:stop, :] = (p.flatten(2, 3) @ values[:, :, :stop]).view_as(o[..., start:stop, :])
+        o[..., start:stop, :] = (p.flatten(2, 3) @ values[:, :, : offset + stop]).view_as(o[..., start:stop, :])
         lse[..., start:stop] = lse_chunk
-    return _by_token(o), lse.permute(0, 3, 1, 2).reshape(batch, time, query_heads)
+    return _by_token(o), lse.flatten(1, 2).transpose(1, 2)
 
 
 def sequence_backward(
@@ -105,7 +110,7 @@ def sequence_backward(
     Returns dq, dk, dv in the accumulation dtype, shaped as q, k, v.
     """
     batch, time, _, _ = q.shape
-    kv_heads = k.shape[2]
+    kv_heads, offset = k.shape[2], k.shape[1] - time
     rows, keys, values, grads = _by_kv_head(q, kv_heads), _by_head(k), _by_head(v), _by_kv_head(do, kv_heads)
     lse_rows, delta_rows = _by_kv_head(lse[..., None], kv_heads), _by_kv_head(delta[..., None], kv_heads)
     documents = None if cu_seqlens is None else document_ids(cu_seqlens, batch, time)
@@ -113,14 +118,14 @@ def sequence_backward(
     dk, dv = torch.zeros_like(keys), torch.zeros_like(values)
     for start in range(0, time, QUERY_CHUNK):
         stop = min(start + QUERY_CHUNK, time)
-        chunk = slice(start, stop)
+        chunk, seen = slice(start, stop), slice(offset + stop)
         p = torch.exp(_scores(rows, keys, documents, start, stop, scale) - lse_rows[..., chunk, :])
         do_rows = grads[..., chunk, :].flatten(2, 3)
-        dp = (do_rows @ values[:, :, :stop].mT).view_as(p)
+        dp = (do_rows @ values[:, :, seen].mT).view_as(p)
         ds = (p * (dp - delta_rows[..., chunk, :]) * scale).flatten(2, 3)
-        dq[..., chunk, :] = (ds @ keys[:, :, :stop]).view_as(dq[..., chunk, :])
-        dk[:, :, :stop] += ds.mT @ rows[..., chunk, :].flatten(2, 3)
-        dv[:, :, :stop] += p.flatten(2, 3).mT @ do_rows
+        dq[..., chunk, :] = (ds @ keys[:, :, seen]).view_as(dq[..., chunk, :])
+        dk[:, :, seen] += ds.mT @ rows[..., chunk, :].flatten(2, 3)
+        dv[:, :, seen] += p.flatten(2, 3).mT @ do_rows
     return _by_token(dq), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -163,14 +168,24 @@ def depth_backward_slots(
     return dk, dv
 
 
+def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
+    """Why this backend cannot take a call: it takes every one."""
+    return None
+
+
+def explain(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str:
+    """What runs."""
+    return "plain PyTorch operations"
+
+
 def joint_forward(
     q: Tensor, k: Tensor, v: Tensor, slots: Slots, scale: float, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Output (dtype of q), lse (accumulation dtype), and what the backward needs besides: nothing here."""
+) -> tuple[Tensor, Tensor]:
+    """Output (dtype of q) and lse (accumulation dtype)."""
     o, lse = sequence_forward(q, k, v, scale, cu_seqlens)
     for keys, values in slots:
         o, lse = depth_forward(q, keys, values, o, lse, scale)
-    return o.to(q.dtype), lse, []
+    return o.to(q.dtype), lse
 
 
 def joint_backward(
@@ -180,7 +195,6 @@ def joint_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    state: list[Tensor],
     slots: Slots,
     scale: float,
     cu_seqlens: Tensor | None,
@@ -197,29 +211,30 @@ def reader_backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    state: list[Tensor],
     slots: Slots,
     scale: float,
     cu_seqlens: Tensor | None,
-    left: tuple[Tensor, Tensor, Tensor, Tensor],
+    readers: Readers,
+    layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; q, do, lse and delta are written to `left`, for the slots to be pulled."""
+    """dq, dk, dv; q, do, lse and delta are left to `readers` under the number of the layer, for the slots to pull."""
     dq, dk, dv, delta = _joint_backward(do, q, k, v, out, lse, slots, scale, cu_seqlens)
-    for kept, tensor in zip(left, (q, do, lse, delta), strict=True):
-        kept.copy_(tensor)
+    readers.keep(layer, q, do)
+    readers.lse[layer].copy_(lse)
+    readers.delta[layer].copy_(delta)
     return dq, dk, dv
 
 
 def pull(
-    q: Tensor, do: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients of slots k, v [slots, ...] from readers stacked on the first axis of q, do, lse, delta."""
-    dk = torch.zeros_like(k, dtype=lse.dtype)
-    dv = torch.zeros_like(v, dtype=lse.dtype)
-    for reader in zip(do, q, lse, delta, strict=True):
-        read_dk, read_dv = depth_backward_slots(*reader[:2], k, v, *reader[2:], scale)
-        dk, dv = dk + read_dk, dv + read_dv
-    return dk, dv
+    readers: Readers, layers: range, k: Tensor, v: Tensor, scale: float, partial: Gradients | None, dtype: torch.dtype
+) -> Gradients:
+    """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`."""
+    total = partial or tuple(torch.zeros_like(x, dtype=readers.lse.dtype) for x in (k, v))
+    for layer in layers:
+        q, do = readers.tensors[layer]
+        read = depth_backward_slots(do, q, k, v, readers.lse[layer], readers.delta[layer], scale)
+        total = (total[0] + read[0], total[1] + read[1])
+    return total[0].to(dtype), total[1].to(dtype)
 
 
 def _joint_backward(
@@ -247,10 +262,11 @@ def _depth_scores(q: Tensor, depth_k: Tensor, scale: float, dtype: torch.dtype) 
 
 
 def _scores(rows: Tensor, keys: Tensor, documents: Tensor | None, start: int, stop: int, scale: float) -> Tensor:
-    """Masked scores of the queries start..stop-1 with the keys before stop. [batch, kv_heads, group, queries, keys]."""
-    queries = rows[..., start:stop, :]
-    s = (queries.flatten(2, 3) @ keys[:, :, :stop].mT).view(*queries.shape[:-1], stop) * scale
-    return s.masked_fill_(~visible(documents, start, stop, rows.device)[:, None, None], float("-inf"))
+    """Masked scores of queries start..stop-1 with the keys they may see. [batch, kv_heads, group, queries, keys]."""
+    queries, offset = rows[..., start:stop, :], keys.shape[2] - rows.shape[3]
+    seen = offset + stop
+    s = (queries.flatten(2, 3) @ keys[:, :, :seen].mT).view(*queries.shape[:-1], seen) * scale
+    return s.masked_fill_(~visible(documents, offset + start, seen, rows.device)[:, None, None], float("-inf"))
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:

@@ -1,19 +1,20 @@
 """The depth part of the attention as Triton kernels: forward, backward to the queries, backward to the slots.
 
-Plain functions on tensors, no autograd, no allocation: outputs are arguments. They do what the functions of the same
+Registered operators that write to their arguments: no autograd, no allocation. They do what the functions of the same
 names in `moda.reference` do. Shapes are fixed by the callers, so that what does not fit is an assertion.
 
-Layout. Tokens are contiguous [batch, time, heads, head_dim]; slots and readers are slices of buffers [slots or readers,
-batch, time, heads, head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] with any
-strides, so that a sequence kernel's own buffer serves, transposed, in place. delta and what readers leave of lse are
-fp32 and contiguous in a token. dtypes: bf16, fp16, fp32, one for all but statistics; sums run in fp32 registers in a
-fixed order, so that the same inputs give the same bits.
+Layout. Tokens are contiguous [batch, time, heads, head_dim]; slots are slices of buffers [slots, batch, time, heads,
+head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] with any strides, so that a
+sequence kernel's own buffer serves, transposed, in place. delta and what readers leave of lse are fp32 and contiguous
+in a token. Readers' queries and gradients are found by their addresses, on the device. dtypes: bf16, fp16, fp32, one
+for all but statistics; sums run in fp32 registers in a fixed order, so that the same inputs give the same bits.
 
 A configuration is looked up, never measured (`configuration`); the kernels are in `depth_query` and `depth_slots`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +24,14 @@ from torch import Tensor
 from moda.kernels import depth_query, depth_slots
 
 MAX_GROUP = 128  # the queries of a row are one tile in registers
+ALIGNMENT = 16  # bytes; what a reader's tensors start at a multiple of
 MAX_SLOT_BLOCK = 16  # slots that a program of the pull holds: rows of one tensor-core product
 
 
 class Configuration(NamedTuple):
     """How a kernel is launched."""
 
-    tensor: bool  # tensor-core products, or plain vector arithmetic
+    tensor: int  # 1: tensor-core products, 0: plain vector arithmetic
     block: int  # rows a program (vector); slots, or queries of readers, a product (tensor)
     warps: int
     stages: int  # loads in flight, in iterations
@@ -39,52 +41,52 @@ class Configuration(NamedTuple):
 # lines for groups 2, 8 and 32 of head_dim 64, and 2 of 128, are the fastest of those timed on an H200.
 HALF: dict[str, list[tuple[int, int, Configuration]]] = {
     "forward": [
-        (4, 32, Configuration(False, 32, 4, 3)),
-        (4, 64, Configuration(False, 16, 2, 3)),
-        (4, 128, Configuration(False, 8, 2, 3)),
-        (8, 64, Configuration(True, 32, 1, 2)),
-        (32, 64, Configuration(True, 16, 1, 2)),
-        (32, 128, Configuration(True, 32, 4, 2)),
-        (MAX_GROUP, 128, Configuration(True, 32, 8, 2)),
+        (4, 32, Configuration(0, 32, 4, 3)),
+        (4, 64, Configuration(0, 16, 2, 3)),
+        (4, 128, Configuration(0, 8, 2, 3)),
+        (8, 64, Configuration(1, 32, 1, 2)),
+        (32, 64, Configuration(1, 16, 1, 2)),
+        (32, 128, Configuration(1, 32, 4, 2)),
+        (MAX_GROUP, 128, Configuration(1, 32, 8, 2)),
     ],
     "query": [
-        (4, 32, Configuration(False, 32, 4, 3)),
-        (4, 64, Configuration(False, 16, 4, 4)),
-        (4, 128, Configuration(False, 8, 4, 4)),
-        (8, 64, Configuration(True, 16, 1, 2)),
-        (32, 64, Configuration(True, 16, 2, 3)),
-        (32, 128, Configuration(True, 32, 4, 2)),
-        (MAX_GROUP, 128, Configuration(True, 32, 8, 2)),
+        (4, 32, Configuration(0, 32, 4, 3)),
+        (4, 64, Configuration(0, 16, 4, 4)),
+        (4, 128, Configuration(0, 8, 4, 4)),
+        (8, 64, Configuration(1, 16, 1, 2)),
+        (32, 64, Configuration(1, 16, 2, 3)),
+        (32, 128, Configuration(1, 32, 4, 2)),
+        (MAX_GROUP, 128, Configuration(1, 32, 8, 2)),
     ],
     "gradients": [
-        (4, 32, Configuration(False, 32, 4, 3)),
-        (4, 64, Configuration(False, 8, 2, 3)),
-        (4, 128, Configuration(False, 8, 4, 4)),
-        (8, 64, Configuration(True, 16, 1, 4)),
-        (32, 64, Configuration(True, 16, 2, 3)),
-        (32, 128, Configuration(True, 32, 4, 2)),
-        (MAX_GROUP, 128, Configuration(True, 32, 8, 2)),
+        (4, 32, Configuration(0, 32, 4, 3)),
+        (4, 64, Configuration(0, 8, 2, 3)),
+        (4, 128, Configuration(0, 8, 4, 4)),
+        (8, 64, Configuration(1, 16, 1, 4)),
+        (32, 64, Configuration(1, 16, 2, 3)),
+        (32, 128, Configuration(1, 32, 4, 2)),
+        (MAX_GROUP, 128, Configuration(1, 32, 8, 2)),
     ],
     "slots": [
-        (8, 128, Configuration(True, 16, 1, 3)),
-        (MAX_GROUP, 64, Configuration(True, 32, 2, 3)),
-        (MAX_GROUP, 128, Configuration(True, 32, 4, 2)),
+        (8, 128, Configuration(1, 16, 1, 3)),
+        (MAX_GROUP, 64, Configuration(1, 32, 2, 3)),
+        (MAX_GROUP, 128, Configuration(1, 32, 4, 2)),
     ],
 }
 # fp32 has no tensor-core product of full precision: products are plain arithmetic, where vectors would not fit.
 FULL: dict[str, list[tuple[int, int, Configuration]]] = {
     kernel: [
-        (4, 64, Configuration(False, 8, 4, 2)),
-        (4, 128, Configuration(False, 4, 4, 2)),
-        (16, 64, Configuration(True, 16, 4, 1)),
-        (MAX_GROUP, 128, Configuration(True, 16, 8, 1)),
+        (4, 64, Configuration(0, 8, 4, 2)),
+        (4, 128, Configuration(0, 4, 4, 2)),
+        (16, 64, Configuration(1, 16, 4, 1)),
+        (MAX_GROUP, 128, Configuration(1, 16, 8, 1)),
     ]
     for kernel in ("forward", "query", "gradients")
 }
 FULL["slots"] = [
-    (4, 64, Configuration(False, 8, 4, 1)),
-    (4, 128, Configuration(False, 4, 4, 1)),
-    (MAX_GROUP, 128, Configuration(True, 16, 4, 1)),
+    (4, 64, Configuration(0, 8, 4, 1)),
+    (4, 128, Configuration(0, 4, 4, 1)),
+    (MAX_GROUP, 128, Configuration(1, 16, 4, 1)),
 ]
 
 
@@ -94,6 +96,7 @@ def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) ->
     return next(config for groups, dims, config in table[kernel] if group <= groups and head_dim <= dims)
 
 
+@torch.library.custom_op("moda::depth_forward", mutates_args=("o", "lse"))
 def depth_forward(
     q: Tensor,
     keys: Tensor,
@@ -101,7 +104,7 @@ def depth_forward(
     o: Tensor,
     lse: Tensor,
     scale: float,
-    config: Configuration | None = None,
+    config: Sequence[int] | None = None,
 ) -> None:
     """Carry the softmax state (o, lse) on over the slots, in place.
 
@@ -111,8 +114,8 @@ def depth_forward(
     slots, _, time, kv_heads, head_dim = keys.shape
     if slots == 0:
         return
-    config = config or configuration("forward", head_dim, group, q.dtype)
-    kernel, programs, padded = _by_row(config, depth_query.forward_vector, depth_query.forward_tensor, rows, group)
+    launch = _launch(config, "forward", head_dim, group, q.dtype)
+    kernel, programs, padded = _by_row(launch, depth_query.forward_vector, depth_query.forward_tensor, rows, group)
     with torch.cuda.device_of(q):
         kernel[(programs,)](
             q,
@@ -131,12 +134,15 @@ def depth_forward(
             D=head_dim,
             GP=padded,
             DP=_power_of_two(head_dim),
-            BLOCK=config.block,
-            STAGES=config.stages,
-            num_warps=config.warps,
+            BLOCK=launch.block,
+            STAGES=launch.stages,
+            num_warps=launch.warps,
         )
 
 
+@torch.library.custom_op(
+    "moda::depth_backward_query", mutates_args=("delta", "dq", "address", "reader_lse", "dk", "dv")
+)
 def depth_backward_query(
     do: Tensor,
     q: Tensor,
@@ -146,33 +152,35 @@ def depth_backward_query(
     delta: Tensor,
     dq: Tensor,
     scale: float,
-    *,
     o: Tensor | None = None,
-    reader_q: Tensor | None = None,
-    reader_do: Tensor | None = None,
+    address: Tensor | None = None,
     reader_lse: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-    config: Configuration | None = None,
+    config: Sequence[int] | None = None,
 ) -> None:
     """Add to dq what the slots give, sum_j ds_j k_j * scale, in place; on request, in the same pass, also:
 
     - with `o`, compute delta = rowsum(do * o) and write it, instead of reading it;
-    - with `reader_q`, `reader_do`, `reader_lse` (all three), copy q, do and lse there;
+    - with `address` int64 [2] and `reader_lse` (both), write there the addresses of q and do, which must then outlive
+      the pull, and a copy of lse;
     - with `dk`, `dv` [slots, batch, time, kv_heads, head_dim], write there the gradients that this one reader gives.
 
     do, q, o, dq [batch, time, query_heads, head_dim] (dq may also be fp32); keys, values [slots, batch, time, kv_heads,
     head_dim], zero slots allowed; lse the joint one, any strides; delta and reader_lse contiguous.
     """
-    rows, group = _check(q, keys, values, lse, do, *_given(o, reader_q, reader_do))
+    rows, group = _check(q, keys, values, lse, do, *_given(o))
     slots, _, time, kv_heads, head_dim = keys.shape
     _check_tokens(_given(dq), q.shape, (q.dtype, torch.float32), q.device)
     _check_tokens(_given(delta, reader_lse), lse.shape, (torch.float32,), q.device)
     _check_stacked(_given(dk, dv), keys.shape, (q.dtype, torch.float32), q.device)
-    assert (reader_q is None) == (reader_do is None) == (reader_lse is None)
+    assert (address is None) == (reader_lse is None)
+    if address is not None:
+        _check_addresses(address[None], q.device)
+        assert q.data_ptr() % ALIGNMENT == do.data_ptr() % ALIGNMENT == 0
     assert (dk is None) == (dv is None)
-    config = config or configuration("query" if dk is None else "gradients", head_dim, group, q.dtype)
-    kernel, programs, padded = _by_row(config, depth_query.backward_vector, depth_query.backward_tensor, rows, group)
+    launch = _launch(config, "query" if dk is None else "gradients", head_dim, group, q.dtype)
+    kernel, programs, padded = _by_row(launch, depth_query.backward_vector, depth_query.backward_tensor, rows, group)
     with torch.cuda.device_of(q):
         kernel[(programs,)](
             do,
@@ -185,8 +193,7 @@ def depth_backward_query(
             dq,
             keys if dk is None else dk,
             values if dv is None else dv,
-            q if reader_q is None else reader_q,
-            q if reader_do is None else reader_do,
+            lse if address is None else address,
             lse if reader_lse is None else reader_lse,
             rows,
             slots,
@@ -200,18 +207,18 @@ def depth_backward_query(
             D=head_dim,
             GP=padded,
             DP=_power_of_two(head_dim),
-            BLOCK=config.block,
-            STAGES=config.stages,
+            BLOCK=launch.block,
+            STAGES=launch.stages,
             DELTA_FROM_O=o is not None,
-            LEAVE=reader_q is not None,
+            LEAVE=address is not None,
             SLOT_GRADIENTS=dk is not None,
-            num_warps=config.warps,
+            num_warps=launch.warps,
         )
 
 
+@torch.library.custom_op("moda::depth_backward_slots", mutates_args=("dk", "dv"))
 def depth_backward_slots(
-    q: Tensor,
-    do: Tensor,
+    addresses: Tensor,
     lse: Tensor,
     delta: Tensor,
     first: int,
@@ -221,27 +228,29 @@ def depth_backward_slots(
     dk: Tensor,
     dv: Tensor,
     scale: float,
-    *,
     add_dk: Tensor | None = None,
     add_dv: Tensor | None = None,
     partial_dk: Tensor | None = None,
     partial_dv: Tensor | None = None,
-    config: Configuration | None = None,
+    config: Sequence[int] | None = None,
 ) -> None:
     """Write to dk, dv the gradients of some slots: the sum over the readers first..last-1, and over what is given.
 
-    Readers: q, do [readers, batch, time, query_heads, head_dim], lse, delta [readers, batch, time, query_heads]. Slots:
-    k, v, dk, dv [slots, batch, time, kv_heads, head_dim], those of one layer, or of several that have these readers in
-    common (a blocked pull, whose fp32 sums are later given as partial ones). Each program holds up to 16 slots and
-    reads the readers once for all of them. dk, dv have the dtype of k, or fp32. `add_dk`, `add_dv` [batch, time,
+    Readers: addresses int64 [readers, 2] of their q and do, contiguous [batch, time, query_heads, head_dim] in the
+    dtype of k, alive, starting at multiples of 16 bytes; lse, delta [readers, batch, time, query_heads]. Slots: k, v,
+    dk, dv [slots, batch, time, kv_heads, head_dim], those of one layer, or of several that have these readers in common
+    (a blocked pull, whose fp32 sums are later given as partial ones). Each program holds up to 16 slots and reads the
+    readers once for all of them. dk, dv have the dtype of k, or fp32. `add_dk`, `add_dv` [batch, time,
     kv_heads, head_dim] are added to slot 0 (what reaches it through the sequence), `partial_dk`, `partial_dv`, fp32 in
     the shape of k, to all. Neither may share memory with dk, dv.
     """
-    readers, head_dim = q.shape[0], q.shape[-1]
-    slots, half_or_full = k.shape[0], (k.dtype, torch.float32)
-    rows, group = _check(q[0], k, v, lse[0], do[0])
-    _check_stacked([q, do], q.shape, (q.dtype,), q.device)
-    _check_stacked([lse, delta], q.shape[:-1], (torch.float32,), q.device)
+    slots, batch, time, kv_heads, head_dim = k.shape
+    readers, query_heads, half_or_full = lse.shape[0], lse.shape[-1], (k.dtype, torch.float32)
+    rows, group = _check_rows(batch * time * kv_heads, query_heads, kv_heads, head_dim, k.dtype)
+    _check_addresses(addresses, k.device)
+    assert addresses.shape[0] == readers
+    _check_stacked([k, v], k.shape, (k.dtype,), k.device)
+    _check_stacked([lse, delta], (readers, batch, time, query_heads), (torch.float32,), k.device)
     _check_stacked([dk, dv], k.shape, half_or_full, k.device)
     _check_stacked(_given(partial_dk, partial_dv), k.shape, (torch.float32,), k.device)
     _check_tokens(_given(add_dk, add_dv), k.shape[1:], half_or_full, k.device)
@@ -250,16 +259,15 @@ def depth_backward_slots(
     assert dk.dtype == dv.dtype
     assert (add_dk is None) == (add_dv is None)
     assert (partial_dk is None) == (partial_dv is None)
-    config = config or configuration("slots", head_dim, group, q.dtype)
+    launch = _launch(config, "slots", head_dim, group, k.dtype)
     block = min(MAX_SLOT_BLOCK, _power_of_two(slots))
-    if config.tensor:
+    if launch.tensor:
         kernel, programs, block = depth_slots.slots_tensor, rows, MAX_SLOT_BLOCK
     else:
-        kernel, programs = depth_slots.slots_vector, triton.cdiv(rows, config.block)
-    with torch.cuda.device_of(q):
+        kernel, programs = depth_slots.slots_vector, triton.cdiv(rows, launch.block)
+    with torch.cuda.device_of(k):
         kernel[(programs, triton.cdiv(slots, block))](
-            q,
-            do,
+            addresses,
             lse,
             delta,
             k,
@@ -274,7 +282,6 @@ def depth_backward_slots(
             last,
             rows,
             slots,
-            q.stride(0),
             lse.stride(0),
             k.stride(0),
             dk.stride(0),
@@ -284,38 +291,54 @@ def depth_backward_slots(
             D=head_dim,
             DP=_power_of_two(head_dim),
             SLOTS=block,
-            BLOCK=config.block,
-            STAGES=config.stages,
+            BLOCK=launch.block,
+            STAGES=launch.stages,
             ADD=add_dk is not None,
             PARTIAL=partial_dk is not None,
-            num_warps=config.warps,
+            num_warps=launch.warps,
         )
 
 
-def _by_row(config: Configuration, vector, tensor, rows: int, group: int):
+def _launch(config: Sequence[int] | None, kernel: str, head_dim: int, group: int, dtype: torch.dtype) -> Configuration:
+    return configuration(kernel, head_dim, group, dtype) if config is None else Configuration(*config)
+
+
+def _by_row(launch: Configuration, vector, tensor, rows: int, group: int):
     """The kernel of a configuration, its number of programs, and the group as it is padded there."""
-    if config.tensor:
+    if launch.tensor:
         return tensor, rows, max(16, _power_of_two(group))
-    return vector, triton.cdiv(rows, config.block), _power_of_two(group)
+    return vector, triton.cdiv(rows, launch.block), _power_of_two(group)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, lse: Tensor, *like_q: Tensor) -> tuple[int, int]:
     """Assert that queries, slots and lse fit together; returns the numbers of rows and of queries a row."""
     batch, time, query_heads, head_dim = q.shape
     kv_heads = keys.shape[3]
-    group, rows = query_heads // kv_heads, batch * time * kv_heads
-    assert q.dtype in (torch.bfloat16, torch.float16, torch.float32)
-    assert head_dim % 16 == 0
-    assert 16 <= head_dim <= 128
-    assert query_heads == group * kv_heads
-    assert 1 <= group <= MAX_GROUP
-    assert 0 < rows < 2**31
+    rows, group = _check_rows(batch * time * kv_heads, query_heads, kv_heads, head_dim, q.dtype)
     assert lse.shape == q.shape[:3]
     assert lse.dtype == torch.float32
     assert lse.device == q.device
     _check_tokens([q, *like_q], q.shape, (q.dtype,), q.device)
     _check_stacked([keys, values], (keys.shape[0], batch, time, kv_heads, head_dim), (q.dtype,), q.device)
     return rows, group
+
+
+def _check_rows(rows: int, query_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    group = query_heads // kv_heads
+    assert dtype in (torch.bfloat16, torch.float16, torch.float32)
+    assert head_dim % 16 == 0
+    assert 16 <= head_dim <= 128
+    assert query_heads == group * kv_heads
+    assert 1 <= group <= MAX_GROUP
+    assert 0 < rows < 2**31
+    return rows, group
+
+
+def _check_addresses(addresses: Tensor, device: torch.device) -> None:
+    assert addresses.dtype == torch.int64
+    assert addresses.shape[1:] == (2,)
+    assert addresses.device == device
+    assert addresses.is_contiguous()
 
 
 def _check_tokens(

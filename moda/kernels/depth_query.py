@@ -24,6 +24,13 @@ def lse_offsets(row, g, time, kv_heads, batch_stride, time_stride, head_stride, 
     return batch * batch_stride + (token % time) * time_stride + ((row % kv_heads) * G + g) * head_stride
 
 
+@triton.jit
+def leave(address, q, do):
+    """Write down where a reader's q and do are: the pull takes them from there."""
+    tl.store(address, q.to(tl.int64, bitcast=True))
+    tl.store(address + 1, do.to(tl.int64, bitcast=True))
+
+
 @triton.jit(do_not_specialize=["slots"])
 def forward_vector(
     q,  # [rows, G, D]
@@ -155,9 +162,8 @@ def backward_vector(
     dq,  # [rows, G, D], in: of the sequence; out: of both parts
     dk,  # [slots, rows, D], if SLOT_GRADIENTS
     dv,
-    reader_q,  # [rows, G, D], copies, if LEAVE
-    reader_do,
-    reader_lse,  # [rows, G]
+    address,  # [2], where q and do are, if LEAVE
+    reader_lse,  # [rows, G], a copy, if LEAVE
     rows,
     slots,
     slot_stride,
@@ -193,18 +199,17 @@ def backward_vector(
     keys += start * D
     values += start * D
 
-    q_rows = tl.load(q + at_q, mask=in_q, other=0.0)
-    do_rows = tl.load(do + at_q, mask=in_q, other=0.0)
+    queries = tl.load(q + at_q, mask=in_q, other=0.0).to(tl.float32)
+    grads = tl.load(do + at_q, mask=in_q, other=0.0).to(tl.float32)
     lse_rows = tl.load(lse + at_lse, mask=in_lse, other=0.0)
-    queries, grads = q_rows.to(tl.float32), do_rows.to(tl.float32)
     if DELTA_FROM_O:
         delta_rows = tl.sum(tl.load(o + at_q, mask=in_q, other=0.0).to(tl.float32) * grads, 2)
         tl.store(delta + at_rows, delta_rows, mask=in_lse)
     else:
         delta_rows = tl.load(delta + at_rows, mask=in_lse, other=0.0)
     if LEAVE:
-        tl.store(reader_q + at_q, q_rows, mask=in_q)
-        tl.store(reader_do + at_q, do_rows, mask=in_q)
+        if pid == 0:
+            leave(address, q, do)
         tl.store(reader_lse + at_rows, lse_rows, mask=in_lse)
     lse_rows *= LOG2E
     acc = tl.zeros([GP, BLOCK, DP], tl.float32)
@@ -240,8 +245,7 @@ def backward_tensor(
     dq,
     dk,
     dv,
-    reader_q,
-    reader_do,
+    address,
     reader_lse,
     rows,
     slots,
@@ -285,8 +289,8 @@ def backward_tensor(
     else:
         delta_rows = tl.load(delta + at_rows, mask=g < G, other=0.0)
     if LEAVE:
-        tl.store(reader_q + at_q, queries, mask=in_q)
-        tl.store(reader_do + at_q, grads, mask=in_q)
+        if pid == 0:
+            leave(address, q, do)
         tl.store(reader_lse + at_rows, lse_rows, mask=g < G)
     lse_rows *= LOG2E
     acc = tl.zeros([GP, DP], tl.float32)

@@ -3,12 +3,21 @@
 Rows, padding and the two ways are those of `moda.kernels.depth_query`. A program holds some slots of a row, or of a
 block of rows, and the fp32 sums of their gradients; what it streams is the queries and gradients that readers have
 left. So the bytes do not depend on the number of slots: the slots of several layers can share one pass.
+
+Readers' q and do are found by address, in a table that the readers themselves have written on the device: they stay
+where the autograd graph has them, and nothing is copied or allocated for the pull.
 """
 
 import triton
 import triton.language as tl
 
 from moda.kernels.depth_query import LOG2E
+
+
+@triton.jit
+def tensor_at(address, like):
+    """Pointers, to what `like` points to, from their addresses; tensors start at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(address).to(tl.pointer_type(like.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -25,8 +34,7 @@ def store_sum(
 
 @triton.jit(do_not_specialize=["first", "last", "slots"])
 def slots_vector(
-    q,  # [readers, rows, G, D], one reader `reader_stride` apart
-    do,  # likewise
+    addresses,  # [readers, 2], of q and do [rows, G, D] in the dtype of k
     lse,  # [readers, rows, G], one reader `statistic_stride` apart
     delta,
     k,  # [slots, rows, D]
@@ -41,7 +49,6 @@ def slots_vector(
     last,
     rows,
     slots,
-    reader_stride,
     statistic_stride,
     slot_stride,
     gradient_stride,
@@ -68,7 +75,7 @@ def slots_vector(
     at_add = start * D + (i[:, None] * D + d[None, :])[None, :, :]
     at_gradient = slot * gradient_stride + at_add
     at_partial = slot * partial_stride + at_add
-    at_q = i[:, None] * (G * D) + d[None, :]
+    at_q = start * G * D + i[:, None] * (G * D) + d[None, :]
     at_lse = i * G
     keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
     values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
@@ -76,11 +83,12 @@ def slots_vector(
     dv_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
 
     reader = first.to(tl.int64)
-    q += reader * reader_stride + start * G * D
-    do += reader * reader_stride + start * G * D
+    addresses += reader * 2
     lse += reader * statistic_stride + start * G
     delta += reader * statistic_stride + start * G
     for _ in tl.range(first, last, num_stages=STAGES):
+        q = tensor_at(addresses, k)
+        do = tensor_at(addresses + 1, k)
         for g in tl.static_range(G):
             queries = tl.load(q + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
             grads = tl.load(do + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
@@ -90,8 +98,7 @@ def slots_vector(
             ds = p * (tl.sum(values * grads, 2) - delta_rows[None, :]) * scale
             dk_sum += ds[:, :, None] * queries
             dv_sum += p[:, :, None] * grads
-        q += reader_stride
-        do += reader_stride
+        addresses += 2
         lse += statistic_stride
         delta += statistic_stride
     store_sum(dk_sum, dk, at_gradient, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
@@ -100,8 +107,7 @@ def slots_vector(
 
 @triton.jit(do_not_specialize=["first", "last", "slots"])
 def slots_tensor(
-    q,
-    do,
+    addresses,
     lse,
     delta,
     k,
@@ -116,7 +122,6 @@ def slots_tensor(
     last,
     rows,
     slots,
-    reader_stride,
     statistic_stride,
     slot_stride,
     gradient_stride,
@@ -145,8 +150,6 @@ def slots_tensor(
     dk_sum = tl.zeros([SLOTS, DP], tl.float32)
     dv_sum = tl.zeros([SLOTS, DP], tl.float32)
 
-    q += row * G * D
-    do += row * G * D
     lse += row * G
     delta += row * G
     # A product takes BLOCK queries, those of BLOCK / G readers; counted from the first query of the first reader.
@@ -155,9 +158,11 @@ def slots_tensor(
         left = index < last * G
         in_q = left[:, None] & (d < D)[None, :]
         reader, g = (index // G).to(tl.int64), index % G
-        at_q = (g * D)[:, None] + d[None, :]
-        queries = tl.load(q + (reader * reader_stride)[:, None] + at_q, mask=in_q, other=0.0)
-        grads = tl.load(do + (reader * reader_stride)[:, None] + at_q, mask=in_q, other=0.0)
+        at_q = ((row * G + g) * D)[:, None] + d[None, :]
+        # A reader that is not there stands for the last one, so that every address is one.
+        address = addresses + 2 * tl.minimum(reader, last - 1)
+        queries = tl.load(tensor_at(address, k)[:, None] + at_q, mask=in_q, other=0.0)
+        grads = tl.load(tensor_at(address + 1, k)[:, None] + at_q, mask=in_q, other=0.0)
         lse_rows = tl.load(lse + reader * statistic_stride + g, mask=left, other=0.0) * LOG2E
         delta_rows = tl.load(delta + reader * statistic_stride + g, mask=left, other=0.0)
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)

@@ -39,10 +39,10 @@ def test_outputs_and_gradients_equal_the_definition_within_rounding(shape, slots
 
 def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere():
     q = torch.zeros(1, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
-    assert joined.unusable(q, None) is None
-    assert "fp16" in str(joined.unusable(q.float(), None))
-    assert "document" in str(joined.unusable(q, torch.tensor([0, 4])))
-    assert "head_dim" in str(joined.unusable(q[..., :24], None))
+    assert joined.unusable(q, q, None) is None
+    assert "fp16" in str(joined.unusable(q.float(), q.float(), None))
+    assert "document" in str(joined.unusable(q, q, torch.tensor([0, 4])))
+    assert "head_dim" in str(joined.unusable(q[..., :24], q[..., :24], None))
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

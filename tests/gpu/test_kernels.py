@@ -23,7 +23,7 @@ SHAPES = [
     (1, 130, 1, 16, 48, 36),
     (2, 64, 2, 32, 64, 65),
 ]
-CONFIGS = {"vector": Configuration(False, 8, 2, 3), "tensor": Configuration(True, 32, 2, 2)}
+CONFIGS = {"vector": Configuration(0, 8, 2, 3), "tensor": Configuration(1, 32, 2, 2)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -77,30 +77,43 @@ def test_buffers_of_more_than_two_to_the_31_elements():
 
     keys, values = (random(layers, 1, time, kv_heads, head_dim) for _ in range(2))
     assert keys.numel() > 2**31
-    q, do = (random(layers // 2 + 1, 1, time, kv_heads * group, head_dim) for _ in range(2))
-    assert q.numel() > 2**31
-    o, dq = random(*q.shape[1:]), random(*q.shape[1:])
-    lse, delta = torch.randn(q.shape[:-1], device="cuda") + 5, torch.randn(q.shape[:-1], device="cuda")
+    q, do, o, dq = (random(1, time, kv_heads * group, head_dim) for _ in range(4))
+    lse, delta = (torch.randn(2, 1, time, kv_heads * group, device="cuda") + 5 for _ in range(2))
     dk, dv = torch.empty_like(keys), torch.empty_like(values)
 
     def last(tensor, axis):
         return tensor.narrow(axis, time - tail, tail).clone(memory_format=torch.contiguous_format)
 
-    small = [last(t, 2) for t in (keys, values, q, do, lse, delta, dk, dv)]
-    small_o, small_dq, small_lse = last(o, 1), last(dq, 1), last(lse[0], 1)
-    depth.depth_forward(q[-1], keys, values, o, lse[0], 0.125)
-    depth.depth_forward(small[2][-1], *small[:2], small_o, small_lse, 0.125)
+    def addresses(*readers):
+        return torch.tensor([[q.data_ptr(), do.data_ptr()] for q, do in readers], device="cuda")
+
+    small_keys, small_values, small_lse, small_delta, small_dk, small_dv = (
+        last(t, 2) for t in (keys, values, lse, delta, dk, dv)
+    )
+    small_q, small_do, small_o, small_dq = (last(t, 1) for t in (q, do, o, dq))
+    depth.depth_forward(q, keys, values, o, lse[0], 0.125)
+    depth.depth_forward(small_q, small_keys, small_values, small_o, small_lse[0], 0.125)
     assert torch.equal(last(o, 1), small_o)
-    depth.depth_backward_query(do[-1], q[-1], keys, values, lse[-1], delta[-1], dq, 0.125, dk=dk, dv=dv)
-    small_of_last = (small[3][-1], small[2][-1], *small[:2], small[4][-1], small[5][-1])
-    depth.depth_backward_query(*small_of_last, small_dq, 0.125, dk=small[6], dv=small[7])
+    depth.depth_backward_query(do, q, keys, values, lse[0], delta[0], dq, 0.125, dk=dk, dv=dv)
+    depth.depth_backward_query(
+        small_do,
+        small_q,
+        small_keys,
+        small_values,
+        small_lse[0],
+        small_delta[0],
+        small_dq,
+        0.125,
+        dk=small_dk,
+        dv=small_dv,
+    )
     assert torch.equal(last(dq, 1), small_dq)
-    assert torch.equal(last(dk, 2), small[6])
-    readers = len(q)
-    depth.depth_backward_slots(q, do, lse, delta, 0, readers, keys[-2:], values[-2:], dk[-2:], dv[-2:], 0.125)
-    some = [t[-2:] for t in (small[0], small[1], small[6], small[7])]
-    small[4][0] = last(lse[0], 1)  # the forward has changed it
-    depth.depth_backward_slots(*small[2:6], 0, readers, *some, 0.125)
+    assert torch.equal(last(dk, 2), small_dk)
+    # Two readers, the second with the roles of q and do exchanged; two slots, at the end of the storage.
+    readers, small_readers = addresses((q, do), (do, q)), addresses((small_q, small_do), (small_do, small_q))
+    depth.depth_backward_slots(readers, lse, delta, 0, 2, keys[-2:], values[-2:], dk[-2:], dv[-2:], 0.125)
+    some = [t[-2:] for t in (small_keys, small_values, small_dk, small_dv)]
+    depth.depth_backward_slots(small_readers, small_lse, small_delta, 0, 2, *some, 0.125)
     assert torch.equal(last(dk[-2:], 2), some[2])
     assert torch.equal(last(dv[-2:], 2), some[3])
 

@@ -1,8 +1,8 @@
 """Inputs for the depth kernels, surrounded by poison, and their comparison with `moda.reference` in float64.
 
 Every tensor lies between guard bands of NaN: a read outside turns results into NaN, and a write outside changes a band.
-What a kernel only writes starts as NaN as well. Keys and values lie interleaved in one buffer, as do the readers' q and
-do, so that strides are not those of a tensor alone.
+What a kernel only writes starts as NaN as well. Keys and values lie interleaved in one buffer, so that strides are not
+those of a tensor alone; every reader's q and do lie somewhere.
 """
 
 import torch
@@ -122,7 +122,7 @@ def backward_query(case, config=None, everything=False):
         depth.depth_backward_query(do, q, keys, values, lse, delta, dq, case.scale, config=config)
         return (dq,), (want_dq,)
     delta, reader_lse = (case.arena.empty(*case.lse[0].shape, dtype=torch.float32) for _ in range(2))
-    reader_q, reader_do = (case.arena.empty(*case.q[0].shape, dtype=case.dtype) for _ in range(2))
+    address = torch.full((2,), -1, dtype=torch.int64, device=q.device)
     dk, dv = case.unwritten_slots()
     depth.depth_backward_query(
         do,
@@ -134,15 +134,13 @@ def backward_query(case, config=None, everything=False):
         dq,
         case.scale,
         o=case.put(case.o[0]),
-        reader_q=reader_q,
-        reader_do=reader_do,
+        address=address,
         reader_lse=reader_lse,
         dk=dk,
         dv=dv,
         config=config,
     )
-    assert torch.equal(reader_q, q)
-    assert torch.equal(reader_do, do)
+    assert address.tolist() == [q.data_ptr(), do.data_ptr()]
     assert torch.equal(reader_lse, lse)
     want_dk, want_dv = reference.depth_backward_slots(*arguments)
     return (dq, delta, dk, dv), (want_dq, case.delta[0], want_dk, want_dv)
@@ -152,9 +150,10 @@ def backward_slots(case, first, last, config=None, given=False):
     """Runs the pull over the readers first..last-1: plain, or as the end of a blocked pull (fp32 partials, and what
     the sequence has given to slot 0)."""
     k, v = case.slots()
-    q, do = case.arena.pair(case.q, case.do, case.dtype)
+    left = [(case.put(q), case.put(do)) for q, do in zip(case.q, case.do, strict=True)]
+    addresses = torch.tensor([[q.data_ptr(), do.data_ptr()] for q, do in left], device=k.device)
     lse, delta = case.put(case.lse, torch.float32), case.put(case.delta, torch.float32)
-    readers = (q, do, lse, delta, first, last, k, v)
+    readers = (addresses, lse, delta, first, last, k, v)
     want_dk, want_dv = torch.zeros_like(case.keys), torch.zeros_like(case.keys)
     for r in range(first, last):
         arguments = (case.do[r], case.q[r], case.keys, case.values, case.lse[r], case.delta[r], case.scale)
@@ -164,11 +163,11 @@ def backward_slots(case, first, last, config=None, given=False):
     if given:
         partial_dk, partial_dv = case.unwritten_slots(torch.float32)
         middle = (first + last) // 2
-        later = (q, do, lse, delta, middle, last, k, v)
+        later = (addresses, lse, delta, middle, last, k, v)
         depth.depth_backward_slots(*later, partial_dk, partial_dv, case.scale, config=config)
         add_dk, add_dv = case.put(case.values[0]), case.put(case.keys[0])
         options = {"add_dk": add_dk, "add_dv": add_dv, "partial_dk": partial_dk, "partial_dv": partial_dv}
-        readers = (q, do, lse, delta, first, middle, k, v)
+        readers = (addresses, lse, delta, first, middle, k, v)
         want_dk[0] += add_dk.double()
         want_dv[0] += add_dv.double()
     dk, dv = case.unwritten_slots()

@@ -22,9 +22,12 @@ class Layer(nn.Module):
     def split(self, kv):
         return kv.unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(2)
 
-    def forward(self, x, handle, stream, layer, **options):
+    def forward(self, x, handle, stream, layer, cache=None, **options):
         q = self.q(x).unflatten(-1, (-1, self.head_dim))
         k, v, handle = stream.write(handle, layer, 0, *self.split(self.kv(x)))
+        if cache is not None:
+            cache.append((k, v))
+            k, v = (torch.cat(parts, 1) for parts in zip(*cache, strict=True))
         out, handle = stream.attend(handle, layer, q, k, v, **options)
         x = x + self.out(out.flatten(2))
         if stream.slots_per_layer == 2:
@@ -65,7 +68,15 @@ class Stack(nn.Module):
                 return x
         return stream.finish(handle, x)
 
-    def definition(self, x, stop=None, **options):
+    def decode(self, x, caches):
+        """The next tokens x, after those whose keys and values are in the caches, which grow."""
+        stream = self.stream(x)
+        handle = stream.start()
+        for layer, block in enumerate(self.layers):
+            x, handle = block(x, handle, stream, layer, cache=caches[layer])
+        return stream.finish(handle, x)
+
+    def definition(self, x, stop=None, scales=None, **options):
         recent, first = self.bounds.get("recent_layers"), self.bounds.get("first_layers", 0)
         slots = []
         for layer, block in enumerate(self.layers):
@@ -74,6 +85,8 @@ class Stack(nn.Module):
             depth = (torch.stack([k for k, _ in pairs]), torch.stack([v for _, v in pairs])) if pairs else ()
             k, v = block.split(block.kv(x))
             q = block.q(x).unflatten(-1, (-1, block.head_dim))
+            if scales is not None:
+                options["scale"] = scales[layer]
             out, _ = reference.definition(q, k, v, *depth, **options)
             x = x + block.out(out.flatten(2))
             slots.append([(k, v)] + ([tuple(block.split(block.slot(x)))] if self.slots_per_layer == 2 else []))

@@ -115,7 +115,12 @@ def tensor(*shape, dtype=torch.float32):
     [
         ((tensor(1, 4, 2), tensor(1, 4, 2), tensor(1, 4, 2)), {}, "axes"),
         ((tensor(1, 4, 3, 8), tensor(1, 4, 2, 8), tensor(1, 4, 2, 8)), {}, "multiple of the kv heads"),
-        ((tensor(1, 4, 2, 8), tensor(1, 5, 2, 8), tensor(1, 5, 2, 8)), {}, r"q \(1, 4, 2, 8\), k \(1, 5, 2, 8\)"),
+        ((tensor(1, 4, 2, 8), tensor(1, 3, 2, 8), tensor(1, 3, 2, 8)), {}, r"q \(1, 4, 2, 8\), k \(1, 3, 2, 8\)"),
+        (
+            (tensor(1, 4, 2, 8), *[tensor(1, 5, 2, 8)] * 2),
+            {"cu_seqlens": torch.tensor([0, 5])},
+            "as many queries as keys",
+        ),
         ((tensor(1, 4, 2, 8), tensor(1, 4, 2, 8), tensor(1, 4, 1, 8)), {}, "one shape"),
         ((tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8, dtype=torch.float64)] * 2), {}, "one floating dtype"),
         ((*[tensor(1, 4, 2, 8)] * 3, tensor(2, 1, 4, 2, 8)), {}, "together"),
@@ -132,3 +137,60 @@ def tensor(*shape, dtype=torch.float32):
 def test_arguments_that_do_not_fit_get_one_sentence(arguments, options, words):
     with pytest.raises(ValueError, match=words):
         moda.attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+@pytest.mark.parametrize("queries", [1, 4, 11])
+def test_fewer_queries_than_keys_are_those_of_the_last_tokens(queries, slots):
+    q, k, v, depth_k, depth_v = random_case(2, 11, 2, 2, 16, slots)
+    expected, _ = reference.definition(q, k, v, depth_k, depth_v)
+    last = [q[:, -queries:], k, v, depth_k[:, :, -queries:], depth_v[:, :, -queries:]]
+    out = moda.attention(*last)
+    torch.testing.assert_close(out, expected[:, -queries:], rtol=1e-12, atol=1e-12)
+    do = torch.randn_like(out)
+    inputs = (q, k, v, depth_k, depth_v)
+    want = gradients(expected[:, -queries:], inputs, do)
+    for g, w in zip(gradients(out, inputs, do), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(reference.definition(*last)[0], out, rtol=1e-12, atol=1e-12)
+
+
+OPTIONS = {"slots": {}, "no slots": {}, "none": {}, "documents": {"cu_seqlens": torch.tensor([0, 3, 3, 14])}}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_the_operator_is_registered_as_pytorch_wants_it(case):
+    q, k, v, depth_k, depth_v = random_case(2, 7, 2, 2, 16, 0 if case == "no slots" else 3, dtype=torch.float32)
+    slots = (None, None) if case == "none" else (depth_k, depth_v)
+    arguments = (q, k, v, *slots, 0.25, OPTIONS[case].get("cu_seqlens"), "auto")
+    torch.library.opcheck(torch.ops.moda.attention, arguments)
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_compiled_attention_has_the_values_and_gradients_of_plain_attention(case):
+    inputs = random_case(2, 7, 2, 2, 16, 0 if case == "no slots" else 3)
+
+    def layer(*inputs):
+        q, *rest = inputs
+        rest = rest[:2] if case == "none" else rest
+        return moda.attention(2 * q.transpose(1, 2).contiguous().transpose(1, 2), *rest, **OPTIONS[case]).exp()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    out, expected = compiled(*inputs), layer(*inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    do = torch.randn_like(out)
+    for got, want in zip(gradients(out, inputs, do), gradients(expected, inputs, do), strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_explain_names_the_backend_and_why_not_another():
+    q, k, v, depth_k, depth_v = random_case(1, 4, 2, 2, 16, 1)
+    text = moda.explain(q, k, v, depth_k, depth_v)
+    assert text.startswith("reference")
+    assert "not joined: it needs a CUDA device" in text
+    assert moda.explain(q, k, v, backend="reference").startswith("reference")
+    with pytest.raises(ValueError, match="backend='joined' cannot take this call"):
+        moda.explain(q, k, v, backend="joined")

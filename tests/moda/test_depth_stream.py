@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import moda
+from moda.readers import BLOCK_LAYERS
 from tests.moda.stack import Stack, assert_equal_gradients, loss_of, random_input
 
 SLOT = torch.zeros(1, 4, 2, 8)
@@ -24,6 +25,36 @@ def test_values_and_gradients_equal_the_definition(slots_per_layer, bounds):
     (dx_expected,) = torch.autograd.grad(loss_of(expected), x, retain_graph=True)
     torch.testing.assert_close(dx, dx_expected, rtol=1e-9, atol=1e-11)
     assert_equal_gradients(stack.gradients(loss_of(out)), stack.gradients(loss_of(expected)))
+
+
+@pytest.mark.parametrize("bounds", [*BOUNDS, {"recent_layers": 5, "first_layers": 3}], ids=str)
+@pytest.mark.parametrize("slots_per_layer", [1, 2])
+def test_gradients_pulled_in_blocks_of_layers_equal_the_definition(slots_per_layer, bounds):
+    stack, x = Stack(num_layers=11, slots_per_layer=slots_per_layer, **bounds), random_input()
+    assert len(stack.layers) > 2 * BLOCK_LAYERS
+    assert_equal_gradients(stack.gradients(loss_of(stack(x))), stack.gradients(loss_of(stack.definition(x))))
+
+
+def test_layers_that_read_in_different_ways_are_pulled_apart():
+    stack, x = Stack(num_layers=11), random_input()
+    scales = [0.3, 0.3, 0.5, 0.3, 0.3, 0.7, 0.7, 0.3, 0.3, 0.9, 0.3]
+
+    def call(block, x, handle, stream, layer):
+        return block(x, handle, stream, layer, scale=scales[layer])
+
+    got = stack.gradients(loss_of(stack(x, call=call)))
+    want = stack.gradients(loss_of(stack.definition(x, scales=scales)))
+    assert_equal_gradients(got, want)
+
+
+def test_tokens_decoded_one_by_one_equal_the_whole_sequence():
+    """The slots of a token are read at that token alone: decoding caches the sequence's keys and values, no slots."""
+    stack, x = Stack(), random_input(time=7)
+    caches = [[] for _ in stack.layers]
+    with torch.no_grad():
+        whole = stack(x)
+        parts = [stack.decode(part, caches) for part in (x[:, :4], x[:, 4:5], x[:, 5:7])]
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("every", [1, 2])

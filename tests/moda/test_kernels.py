@@ -47,7 +47,7 @@ else:
     from tests.moda.kernel_cases import Case, backward_query, backward_slots, forward
 
     TOLERANCE = 1e-5
-    VECTOR, TENSOR = Configuration(False, 4, 4, 2), Configuration(True, 16, 1, 2)
+    VECTOR, TENSOR = Configuration(0, 4, 4, 2), Configuration(1, 16, 1, 2)
     CONFIGS = {"table": None, "vector": VECTOR, "tensor": TENSOR}
 
     # batch, time, kv_heads, group, head_dim, slots
