@@ -14,7 +14,9 @@ A configuration is looked up, never measured (`configuration`); the kernels are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -67,8 +69,14 @@ HALF: dict[str, list[tuple[int, int, Configuration]]] = {
         (32, 128, Configuration(1, 32, 4, 2)),
         (MAX_GROUP, 128, Configuration(1, 32, 8, 2)),
     ],
-    "slots": [
-        (8, 128, Configuration(1, 16, 1, 3)),
+    "slots": [  # of one layer
+        (4, 64, Configuration(0, 8, 2, 3)),
+        (8, 128, Configuration(1, 16, 1, 2)),
+        (MAX_GROUP, 64, Configuration(1, 32, 2, 3)),
+        (MAX_GROUP, 128, Configuration(1, 32, 4, 2)),
+    ],
+    "block": [  # slots of several layers
+        (8, 128, Configuration(1, 16, 1, 2)),
         (MAX_GROUP, 64, Configuration(1, 32, 2, 3)),
         (MAX_GROUP, 128, Configuration(1, 32, 4, 2)),
     ],
@@ -83,7 +91,7 @@ FULL: dict[str, list[tuple[int, int, Configuration]]] = {
     ]
     for kernel in ("forward", "query", "gradients")
 }
-FULL["slots"] = [
+FULL["slots"] = FULL["block"] = [
     (4, 64, Configuration(0, 8, 4, 1)),
     (4, 128, Configuration(0, 4, 4, 1)),
     (MAX_GROUP, 128, Configuration(1, 16, 4, 1)),
@@ -91,12 +99,34 @@ FULL["slots"] = [
 
 
 def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) -> Configuration:
-    """How to launch a kernel for a shape and dtype: "forward", "query", "gradients" (of queries and slots), "slots"."""
+    """How to launch a kernel for a shape and dtype: "forward", "query", "gradients" (of queries and slots), or, pulled,
+    "slots" and "block"."""
     table = FULL if dtype == torch.float32 else HALF
     return next(config for groups, dims, config in table[kernel] if group <= groups and head_dim <= dims)
 
 
-@torch.library.custom_op("moda::depth_forward", mutates_args=("o", "lse"))
+def _registered(*mutates_args: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as an operator of its name that writes to some of its arguments.
+
+    All arguments reach the operator by position: torch 2.11 does not find what an operator writes to otherwise.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        operator = torch.library.custom_op(f"moda::{function.__name__}", function, mutates_args=mutates_args)
+
+        @wraps(function)
+        def call(*args: object, **kwargs: object) -> None:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            operator(*bound.args)
+
+        return call
+
+    return register
+
+
+@_registered("o", "lse")
 def depth_forward(
     q: Tensor,
     keys: Tensor,
@@ -140,9 +170,7 @@ def depth_forward(
         )
 
 
-@torch.library.custom_op(
-    "moda::depth_backward_query", mutates_args=("delta", "dq", "address", "reader_lse", "dk", "dv")
-)
+@_registered("delta", "dq", "address", "reader_lse", "dk", "dv")
 def depth_backward_query(
     do: Tensor,
     q: Tensor,
@@ -216,7 +244,7 @@ def depth_backward_query(
         )
 
 
-@torch.library.custom_op("moda::depth_backward_slots", mutates_args=("dk", "dv"))
+@_registered("dk", "dv")
 def depth_backward_slots(
     addresses: Tensor,
     lse: Tensor,
@@ -259,7 +287,7 @@ def depth_backward_slots(
     assert dk.dtype == dv.dtype
     assert (add_dk is None) == (add_dv is None)
     assert (partial_dk is None) == (partial_dv is None)
-    launch = _launch(config, "slots", head_dim, group, k.dtype)
+    launch = _launch(config, "slots" if slots <= 2 else "block", head_dim, group, k.dtype)
     block = min(MAX_SLOT_BLOCK, _power_of_two(slots))
     if launch.tensor:
         kernel, programs, block = depth_slots.slots_tensor, rows, MAX_SLOT_BLOCK

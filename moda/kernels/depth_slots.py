@@ -21,15 +21,16 @@ def tensor_at(address, like):
 
 
 @triton.jit
-def store_sum(
-    total, out, at, partial, at_partial, in_slots, add, at_add, in_add, PARTIAL: tl.constexpr, ADD: tl.constexpr
-):
-    """Store the sum over readers, with a partial sum of every slot and what the sequence has left for slot 0."""
+def begin_sum(zeros, partial, at_partial, in_slots, add, at_add, in_add, PARTIAL: tl.constexpr, ADD: tl.constexpr):
+    """What a sum over readers begins with: a partial sum of every slot, what the sequence has left for slot 0.
+
+    Loaded before the readers, not after: the latencies of both overlap.
+    """
     if PARTIAL:
-        total += tl.load(partial + at_partial, mask=in_slots, other=0.0)
+        zeros += tl.load(partial + at_partial, mask=in_slots, other=0.0)
     if ADD:
-        total += tl.load(add + at_add, mask=in_add, other=0.0).to(tl.float32)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=in_slots)
+        zeros += tl.load(add + at_add, mask=in_add, other=0.0).to(tl.float32)
+    return zeros
 
 
 @triton.jit(do_not_specialize=["first", "last", "slots"])
@@ -80,7 +81,9 @@ def slots_vector(
     keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
     values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
     dk_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
+    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
     dv_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
+    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
 
     reader = first.to(tl.int64)
     addresses += reader * 2
@@ -101,8 +104,8 @@ def slots_vector(
         addresses += 2
         lse += statistic_stride
         delta += statistic_stride
-    store_sum(dk_sum, dk, at_gradient, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
-    store_sum(dv_sum, dv, at_gradient, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
+    tl.store(dk + at_gradient, dk_sum.to(dk.dtype.element_ty), mask=in_slots)
+    tl.store(dv + at_gradient, dv_sum.to(dv.dtype.element_ty), mask=in_slots)
 
 
 @triton.jit(do_not_specialize=["first", "last", "slots"])
@@ -148,7 +151,9 @@ def slots_tensor(
     keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0)
     values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0)
     dk_sum = tl.zeros([SLOTS, DP], tl.float32)
+    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
     dv_sum = tl.zeros([SLOTS, DP], tl.float32)
+    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
 
     lse += row * G
     delta += row * G
@@ -170,5 +175,5 @@ def slots_tensor(
         ds = p * (tl.dot(values, tl.trans(grads), input_precision="ieee") - delta_rows[None, :]) * scale
         dk_sum = tl.dot(ds.to(queries.dtype), queries, dk_sum, input_precision="ieee")
         dv_sum = tl.dot(p.to(grads.dtype), grads, dv_sum, input_precision="ieee")
-    store_sum(dk_sum, dk, at_gradient, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
-    store_sum(dv_sum, dv, at_gradient, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
+    tl.store(dk + at_gradient, dk_sum.to(dk.dtype.element_ty), mask=in_slots)
+    tl.store(dv + at_gradient, dv_sum.to(dv.dtype.element_ty), mask=in_slots)
