@@ -108,12 +108,16 @@ def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) ->
 def _registered(*mutates_args: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as an operator of its name that writes to some of its arguments.
 
-    All arguments reach the operator by position: torch 2.11 does not find what an operator writes to otherwise.
+    The operator has no default values, the returned function fills them in: a dispatcher leaves defaults out, and torch
+    2.11 then does not find what the operator writes to.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(function)
-        operator = torch.library.custom_op(f"moda::{function.__name__}", function, mutates_args=mutates_args)
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args).replace("=None", "")
+        operator = torch.library.custom_op(
+            f"moda::{function.__name__}", function, mutates_args=mutates_args, schema=schema
+        )
 
         @wraps(function)
         def call(*args: object, **kwargs: object) -> None:
