@@ -5,6 +5,7 @@ tests runs in a pytest of its own, on this file with TRITON_INTERPRET=1, where t
 """
 
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
@@ -20,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 if not kernels.INTERPRETED:
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("part", ["forward", "query", "slots", "same_bits or available"])
+    @pytest.mark.parametrize("part", ["forward", "query", "slots", "same_bits or available or registered"])
     def test_in_the_interpreter(part):
         command = [
             sys.executable,
@@ -43,6 +44,7 @@ if not kernels.INTERPRETED:
         assert not kernels.available("cpu")
 
 else:
+    from moda.kernels import depth
     from moda.kernels.depth import Configuration
     from tests.moda.kernel_cases import Case, backward_query, backward_slots, forward
 
@@ -131,6 +133,24 @@ else:
             return [t for got, _ in [*results, backward_slots(case, 0, 3, CONFIGS[config], given=True)] for t in got]
 
         assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+    @pytest.mark.parametrize("kernel", [forward, backward_query, backward_slots], ids=lambda f: f.__name__)
+    def test_kernels_are_registered_with_what_they_write_to(kernel, monkeypatch):
+        """What an operator writes, and nothing else, is in its schema; it traces without running."""
+        name, case = f"depth_{kernel.__name__}", Case((1, 3, 2, 2, 32, 2), torch.float32, readers=2)
+        launch, calls = getattr(depth, name), []
+        operator = getattr(torch.ops.moda, name).default
+
+        def recorded(*arguments, **options):
+            bound = inspect.signature(launch).bind(*arguments, **options)
+            bound.apply_defaults()
+            calls.append([a.clone() if isinstance(a, torch.Tensor) else a for a in bound.args])
+            launch(*arguments, **options)
+
+        monkeypatch.setattr(depth, name, recorded)
+        kernel(case, **({"first": 0, "last": 2} if kernel is backward_slots else {}))
+        for arguments in calls:
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
     def test_available_in_the_interpreter():
         assert kernels.available("cpu")
