@@ -26,7 +26,7 @@ from scripts.kernel_benchmarks import baselines, paper, timing
 
 STEPS = ("naive", "flat", "chunk-aware", "group-aware", "moda")
 CHUNK = 128  # rows of queries, and of keys, in a block of the mask
-MAX_ERROR = 1e-2  # relative norm against the definition in fp32, bf16 inputs
+MAX_ERROR = 3e-2  # relative norm, against 1e-2 of plain PyTorch in bf16: beyond it a layout is wrong
 
 Attention = Callable[..., Any]
 
@@ -104,6 +104,13 @@ def prepare(step: str, inputs: list[Tensor], attention: Attention, chunk: int) -
     return lambda *x: flat_attention(step, attention, mask, *x), lay_out(*inputs)
 
 
+def error(step: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+    """Largest relative error (norms) of a step's output and gradients against those of the definition, in its layout."""
+    if step not in ("naive", "moda"):
+        want = (want[0], *lay_out(*want[1:]))
+    return max(((g.to(w.dtype) - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
+
+
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
     """Every step at the shape of Table 7, checked against the definition in fp32 and timed; B = 1, bf16."""
     time, group, slots = paper.TABLE_7_TIME, paper.TABLE_7_GROUP, paper.TABLE_7_SLOTS
@@ -115,9 +122,7 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
     q, do = (random(1, time, group * paper.KV_HEADS, paper.HEAD_DIM) for _ in range(2))
     k, v = (random(1, time, paper.KV_HEADS, paper.HEAD_DIM) for _ in range(2))
     inputs = [q, k, v, *(random(slots, *k.shape) for _ in range(2))]
-    wants = baselines.through_autograd(
-        lambda *x: reference.definition(*x)[0], [x.float() for x in inputs], do.float()
-    )()[:2]  # the output and dq, which have one layout in all steps
+    want = baselines.through_autograd(lambda *x: reference.definition(*x)[0], [x.float() for x in inputs], do.float())()
     compiled = torch.compile(flex_attention, dynamic=False)
     rows: list[dict[str, Any]] = []
     for step in STEPS:
@@ -125,16 +130,14 @@ def measure(say: Callable[[str], None]) -> dict[str, Any]:
         try:
             function, laid_out = prepare(step, inputs, compiled, CHUNK)
             run = baselines.through_autograd(function, laid_out, do)
-            row["error"] = max(
-                ((got.float() - want).norm() / want.norm()).item() for got, want in zip(run(), wants, strict=False)
-            )
+            row["error"] = error(step, run(), want)
             if not row["error"] <= MAX_ERROR:
                 raise ValueError(f"its results are wrong, relative error {row['error']:.2g}")
             row["ms"] = timing.milliseconds(run)
             say(f"{step}: {row['ms']:.3f} ms")
             del run, function, laid_out
-        except Exception as error:  # one layout that cannot run must not hide the others
-            row["failed"] = baselines.one_line(error)
+        except Exception as problem:  # one layout that cannot run must not hide the others
+            row["failed"] = baselines.one_line(problem)
             say(f"{step} failed: {row['failed']}")
         timing.free()
         rows.append(row)

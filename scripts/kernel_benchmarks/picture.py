@@ -24,12 +24,11 @@ def draw(results: dict[str, Any], path: Path) -> Path | None:
         drawers = {"table2": _draw_ratios, "memory": _draw_memory}
         panels = figure.subplots(1, len(parts), squeeze=False, width_ratios=[1.3, 1][: len(parts)])[0]
         for axes, (name, part) in zip(panels, parts.items(), strict=True):
-            drawers[name](axes, part)
-        figure.suptitle(results["environment"]["device"], x=0.99, ha="right", fontsize=9, color="#666666")
+            drawers[name](axes, part, results["environment"]["device"])
         return save(figure, path)
 
 
-def _draw_ratios(axes: Any, part: dict[str, Any]) -> None:
+def _draw_ratios(axes: Any, part: dict[str, Any], device: str) -> None:
     rows = [row for row in part["rows"] if row["fa2_triton"] and "auto" in row["moda"]]
     labels = [f"{row['time'] // 1024}K · {row['group']} · {row['slots']}" for row in rows]
     ours = [100 * (row["moda"]["auto"] / min(row["fa2_triton"].values()) - 1) for row in rows]
@@ -37,7 +36,7 @@ def _draw_ratios(axes: Any, part: dict[str, Any]) -> None:
     height = 0.38
     for offset, values, color, label in (
         (-height / 2, published, COLORS[1], "the paper's kernel (A100)"),
-        (height / 2, ours, COLORS[0], "this project"),
+        (height / 2, ours, COLORS[0], f"this project ({device})"),
     ):
         places = [index + offset for index in range(len(rows))]
         axes.barh(places, values, height, color=color, label=label)
@@ -62,7 +61,7 @@ def _draw_ratios(axes: Any, part: dict[str, Any]) -> None:
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2)
 
 
-def _draw_memory(axes: Any, part: dict[str, Any]) -> None:
+def _draw_memory(axes: Any, part: dict[str, Any], device: str) -> None:
     for index, batch in enumerate(sorted({row["batch"] for row in part["rows"]})):
         rows = [row for row in part["rows"] if row["batch"] == batch]
         layers = [row["layers"] for row in rows]
@@ -78,5 +77,5 @@ def _draw_memory(axes: Any, part: dict[str, Any]) -> None:
     axes.set_xticks(sorted({row["layers"] for row in part["rows"]}))
     axes.set_xlabel("layers")
     axes.set_ylabel("peak memory, GB")
-    axes.set_title("Stack of attention layers with depth")
+    axes.set_title(f"Stack of attention layers with depth, {device}")
     axes.legend(loc="upper left")

@@ -71,7 +71,7 @@ def _table2(part: dict[str, Any]) -> str:
         line += [_ratio(auto, baseline), f"{ratio:.2f}" if ratio else "", _ms(fastest), _extra(auto, fastest)]
         rows.append(line)
     note = (
-        "B = 1, bf16, 8 kv heads of 64, all five gradients. FA2-Triton is the faster of "
+        "B = 1, bf16, 8 kv heads of 64, all five gradients. FA2-Triton is "
         f"{_listed(fa2)}. `paper`: its MoDA ÷ its FA2-Triton, on an A100."
         if fa2
         else "B = 1, bf16, 8 kv heads of 64, all five gradients. No FA2-Triton kernel was found on the machine."
@@ -230,7 +230,7 @@ def _extra(value: float | None, base: float | None) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return names[0] + " (the only one found)" if len(names) == 1 else " and ".join(names)
+    return f"{names[0]}, the only one found" if len(names) == 1 else f"the faster of {' and '.join(names)}"
 
 
 def _short(name: str) -> str:

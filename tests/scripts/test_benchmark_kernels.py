@@ -386,3 +386,15 @@ def test_unknown_part_is_named(capsys):
     with pytest.raises(SystemExit):
         benchmark_kernels.main(["--only", "depth,table3"])
     assert "'table3' is not a part: choose from table2" in capsys.readouterr().err
+
+
+def test_error_of_a_layout_compares_gradients_in_that_layout():
+    torch.manual_seed(0)
+    out, dq, dk, dv = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8), torch.randn(1, 4, 2, 8), torch.randn(1, 4, 2, 8)
+    want = (out, dq, dk, dv, *torch.randn(2, 3, *dk.shape))
+    assert ladder.error("moda", want, want) == 0
+    laid_out = (out, *ladder.lay_out(*want[1:]))
+    assert ladder.error("flat", laid_out, want) == 0
+    assert ladder.error("flat", (*laid_out[:3], 2 * laid_out[3]), want) == pytest.approx(1)
+    # key number time + t * slots + j of the flat axis is slot j of token t
+    assert torch.equal(laid_out[2][0, :, 4 + 2 * 3 + 1], want[4][1, 0, 2])
