@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +153,9 @@ def _triton_tutorial(path: Path | None) -> SequenceKernel:
         raise ValueError(f"--tutorial {path} is not a Python file")
     tutorial = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tutorial)
-    _tune_once(tutorial)
+    # Its warp specialisation is for Blackwell; it is on unless it is turned off, in the versions that have it.
+    options = (False,) if "warp_specialize" in inspect.signature(tutorial._attention.forward).parameters else ()
+    _tune_once(tutorial, options)
 
     def prepare(q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> Run:
         group, scale = q.shape[2] // k.shape[2], q.shape[3] ** -0.5
@@ -164,7 +167,7 @@ def _triton_tutorial(path: Path | None) -> SequenceKernel:
         gradient = heads_first(do, 1)
 
         def run() -> tuple[Tensor, ...]:
-            out = tutorial.attention(*leaves, True, scale)
+            out = tutorial.attention(*leaves, True, scale, *options)
             dq, dk, dv = (x.transpose(1, 2) for x in torch.autograd.grad(out, leaves, gradient))
             return out.transpose(1, 2), dq, *(x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
 
@@ -178,7 +181,7 @@ def _triton_tutorial(path: Path | None) -> SequenceKernel:
     )
 
 
-def _tune_once(tutorial: ModuleType) -> None:
+def _tune_once(tutorial: ModuleType, options: tuple[bool, ...]) -> None:
     """Let the tutorial tune itself on one long sequence, and keep what it finds: it would tune anew at every length."""
     from triton.runtime.autotuner import Autotuner
 
@@ -186,7 +189,7 @@ def _tune_once(tutorial: ModuleType) -> None:
     for tuner in tuners:  # its tiles of 64 queries are never the fastest at these lengths, and take half the time
         tuner.configs = [c for c in tuner.configs if c.kwargs.get("BLOCK_M", 128) >= 128] or tuner.configs
     q = torch.randn(1, 16, 8192, 64, device="cuda", dtype=torch.float16)
-    tutorial.attention(q, q, q, True, 0.125)
+    tutorial.attention(q, q, q, True, 0.125, *options)
     for tuner in tuners:
         if best := getattr(tuner, "best_config", None):
             tuner.configs = [best]

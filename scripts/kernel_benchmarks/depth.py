@@ -3,7 +3,8 @@
 forward     q, K, V; o and lse in place
 gradients   do, q, o, lse, K, V, dq in place; delta, dK, dV out: the backward of `moda.attention`
 query       do, q, o, lse, K, V, dq in place; delta and a copy of lse out: the backward of a stream's reader
-pull        q, do, lse, delta of all readers, K, V of the slots; dK, dV out: the backward of a stream's write
+pull        q, do, lse, delta of all readers, K, V of one layer's slots; dK, dV out: the backward of a stream's write
+block       the same for the slots of several layers, dK, dV in fp32: what a blocked pull does ahead for the next layers
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from scripts.kernel_benchmarks import paper, timing
 HALF, FULL = 2, 4  # bytes of an element
 READER_BYTES = 16 * 2**30  # q and do of the readers of a pull, at most: bounds memory for large groups
 MAX_READERS = 32
-KERNELS = ("forward", "gradients", "query", "pull")
+KERNELS = ("forward", "gradients", "query", "pull", "block")
 
 
 class Problem(NamedTuple):
@@ -29,6 +30,7 @@ class Problem(NamedTuple):
     group: int
     slots: int = 64
     pulled: int = 2  # slots of one layer
+    block: int = 16  # slots of several layers
     kv_heads: int = paper.KV_HEADS
     head_dim: int = paper.HEAD_DIM
 
@@ -57,7 +59,7 @@ PROBLEMS = tuple(Problem(tokens, group) for tokens in (16384, 32768) for group i
 
 
 def bytes_moved(kernel: str, problem: Problem) -> int:
-    """Bytes that a pass of "forward", "gradients", "query" or "pull" reads and writes, each tensor once a pass."""
+    """Bytes that a pass of one of KERNELS reads and writes, each tensor once a pass."""
     query, slot, statistic = problem.query_bytes, problem.slot_bytes, problem.statistic_bytes
     keys_and_values = 2 * problem.slots * slot
     if kernel == "forward":
@@ -68,6 +70,8 @@ def bytes_moved(kernel: str, problem: Problem) -> int:
         return keys_and_values + 5 * query + 3 * statistic
     if kernel == "pull":
         return problem.readers * 2 * (query + statistic) + 4 * problem.pulled * slot
+    if kernel == "block":
+        return problem.readers * 2 * (query + statistic) + (2 + 2 * FULL // HALF) * problem.block * slot
     raise ValueError(f"kernel={kernel!r} is none of {', '.join(KERNELS)}.")
 
 
@@ -105,11 +109,12 @@ def prepare(kernel: str, problem: Problem) -> Callable[[], None]:
 
     query_shape = (1, tokens, heads, problem.head_dim)
     slot_shape = (1, tokens, problem.kv_heads, problem.head_dim)
-    if kernel == "pull":
+    if kernel in ("pull", "block"):
+        slots, dtype = (problem.pulled, torch.bfloat16) if kernel == "pull" else (problem.block, torch.float32)
         q, do = (random(problem.readers, *query_shape) for _ in range(2))
         lse, delta = statistic(problem.readers), statistic(problem.readers)
-        keys, values = random(problem.pulled, *slot_shape), random(problem.pulled, *slot_shape)
-        dk, dv = torch.empty_like(keys), torch.empty_like(values)
+        keys, values = random(slots, *slot_shape), random(slots, *slot_shape)
+        dk, dv = torch.empty_like(keys, dtype=dtype), torch.empty_like(values, dtype=dtype)
         readers = list(zip(q, do, strict=True))  # the kernel knows only where they lie: they must stay alive
         addresses = torch.tensor([[x.data_ptr() for x in pair] for pair in readers], device="cuda")
 

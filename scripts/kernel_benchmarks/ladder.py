@@ -105,7 +105,7 @@ def prepare(step: str, inputs: list[Tensor], attention: Attention, chunk: int) -
 
 
 def error(step: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
-    """Largest relative error (norms) of a step's output and gradients against those of the definition, in its layout."""
+    """Largest relative error (norms) of the output and gradients of a step, against the definition in its layout."""
     if step not in ("naive", "moda"):
         want = (want[0], *lay_out(*want[1:]))
     return max(((g.to(w.dtype) - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))

@@ -111,7 +111,7 @@ def _depth(part: dict[str, Any]) -> str:
             f"{row['tokens'] // 1024} k, {row['group']}, {row['slots']}",
             *(
                 f"{found['ms']:.3f} ms, {found['speed'] / 1e12:.2f} TB/s ({100 * found['speed'] / part['copy']:.0f} %)"
-                + (f", {row['readers']} readers" if name == "pull" else "")
+                + (f", {row['readers']} readers" if name in ("pull", "block") else "")
                 for name, found in row["kernels"].items()
             ),
         ]
@@ -121,7 +121,8 @@ def _depth(part: dict[str, Any]) -> str:
         "forward": "forward",
         "gradients": "dq, dense dK and dV",
         "query": "dq of a reader",
-        "pull": "pull of two slots",
+        "pull": "pull of 2 slots",
+        "block": "pull of 16 slots, fp32",
     }
     note = (
         "8 kv heads of 64; every byte counted (q, o, do, dq, K, V, dK, dV, lse, delta); in brackets the share of a "

@@ -94,6 +94,8 @@ def test_bytes_of_the_depth_kernels_are_those_of_their_tensors():
     assert depth.bytes_moved("gradients", problem) == 3 * q + lse + 2 * slots + 2 * q + lse + 2 * slots
     assert depth.bytes_moved("query", problem) == 3 * q + lse + 2 * slots + 2 * q + 2 * lse
     assert depth.bytes_moved("pull", problem) == problem.readers * 2 * (q + lse) + 2 * pulled + 2 * pulled
+    block, sums = (size(dtype, 16, 6, 2, 16) for dtype in (torch.bfloat16, torch.float32))
+    assert depth.bytes_moved("block", problem) == problem.readers * 2 * (q + lse) + 2 * block + 2 * sums
     with pytest.raises(ValueError, match="'push' is none of forward"):
         depth.bytes_moved("push", problem)
 
