@@ -29,15 +29,14 @@ PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "ker
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure or render, and return the exit code: 0; 1 when a part failed; 2 for what cannot be done here."""
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _run(_parse(arguments), shlex.join(["python", "scripts/benchmark_kernels.py", *arguments]))
+        return _run(_parse(arguments))
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _run(options: argparse.Namespace, command: str) -> int:
+def _run(options: argparse.Namespace) -> int:
     if options.docs:
         page.check(PAGE)
     if options.results:
@@ -53,12 +52,22 @@ def _run(options: argparse.Namespace, command: str) -> int:
         _tune(options.out)
         return 0
     else:
-        results = session.run(options.only, options.out, command, options.tutorial)
+        results = session.run(options.only, options.out, _command(options), options.tutorial)
     if options.docs:
         drawn = picture.draw(results, PICTURE)
         page.replace(PAGE, results, drawn)
         print(f"written: {PAGE}" + (f" and {drawn}" if drawn else ""))
     return 1 if results["failures"] else 0
+
+
+def _command(options: argparse.Namespace) -> str:
+    """What to type for the same measurements: no folders of this machine."""
+    words = ["python", "scripts/benchmark_kernels.py"]
+    if options.only != list(session.PARTS):
+        words += ["--only", ",".join(options.only)]
+    if options.tutorial is not None:
+        words += ["--tutorial", options.tutorial.name]
+    return shlex.join(words)
 
 
 def _tune(folder: Path) -> None:
@@ -73,7 +82,7 @@ def _tune(folder: Path) -> None:
     print(f"written: {tuning.TABLE}, and a copy: {shutil.copy(tuning.TABLE, folder)}")
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of the attention kernels on one GPU.")
     parser.add_argument(
         "--only", type=_part_names, default=list(session.PARTS), help=f"parts, by commas: {','.join(session.PARTS)}"

@@ -400,3 +400,18 @@ def test_error_of_a_layout_compares_gradients_in_that_layout():
     assert ladder.error("flat", (*laid_out[:3], 2 * laid_out[3]), want) == pytest.approx(1)
     # key number time + t * slots + j of the flat axis is slot j of token t
     assert torch.equal(laid_out[2][0, :, 4 + 2 * 3 + 1], want[4][1, 0, 2])
+
+
+def test_command_in_the_results_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        session, "run", lambda names, out, command, tutorial: commands.append(command) or some_results()
+    )
+    assert benchmark_kernels.main(["--out", str(tmp_path)]) == 0
+    tutorial = str(tmp_path / "06-fused-attention.py")
+    assert benchmark_kernels.main(["--only", "depth,table2", "--tutorial", tutorial, "--out", str(tmp_path)]) == 0
+    assert commands == [
+        "python scripts/benchmark_kernels.py",
+        "python scripts/benchmark_kernels.py --only table2,depth --tutorial 06-fused-attention.py",
+    ]
