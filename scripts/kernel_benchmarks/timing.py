@@ -1,0 +1,87 @@
+"""Time on the device: medians of CUDA events, the copy speed, and what the measurements ran on."""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "triton", "flash-linear-attention", "fla-core", "flash-attn-4", "flash-attn")
+HEAD_START_CYCLES = 10_000_000  # some 5 ms in which the host queues calls, so that its own time is hidden
+MAX_ROTATION = 8
+COPY_BYTES = 2**31
+
+
+def milliseconds(*calls: Callable[[], object], budget_ms: float = 250, most: int = 25) -> float:
+    """Median time of a call on the present CUDA device, in ms; several calls are taken in turn (`rotation`).
+
+    Warms up, then repeats for about `budget_ms`: at least 5 times, at most `most` times.
+    """
+    for index in range(max(2, len(calls))):
+        calls[index % len(calls)]()
+    once = _elapsed(calls, 1)[0]
+    repeats = min(most, max(5, math.ceil(budget_ms / max(once, 1e-3))))
+    return statistics.median(_elapsed(calls, repeats))
+
+
+def _elapsed(calls: tuple[Callable[[], object], ...], repeats: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for index, (begin, end) in enumerate(events):
+        begin.record()
+        calls[index % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def rotation(nbytes: int, cache_bytes: int) -> int:
+    """How many sets of inputs of `nbytes` to take in turn, so that none is still in a cache of `cache_bytes`."""
+    return min(MAX_ROTATION, math.ceil(2 * cache_bytes / nbytes)) if nbytes < 2 * cache_bytes else 1
+
+
+def cache_bytes() -> int:
+    """Size of the device's L2 cache."""
+    return torch.cuda.get_device_properties().L2_cache_size
+
+
+def copy_speed() -> float:
+    """Bytes a second that a plain device-to-device copy moves, reads and writes both counted."""
+    source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * COPY_BYTES / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def free() -> None:
+    """Give memory that nothing refers to back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def environment() -> dict[str, Any]:
+    """Device, versions and date (UTC) of a measurement."""
+    return {
+        "device": torch.cuda.get_device_name(),
+        "memory_bytes": torch.cuda.get_device_properties().total_memory,
+        "capability": list(torch.cuda.get_device_capability()),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
