@@ -307,6 +307,7 @@ class Trainer:
     def _build_model(self) -> None:
         config, world = self.config, self.world
         compute_dtype = world.compute_dtype(config.training.precision)
+        compile_backend = world.compile_backend(config.parallel.compile)
         if world.is_main:
             held = memory(
                 config.model,
@@ -315,15 +316,17 @@ class Trainer:
                 world_size=world.size,
                 compute_dtype=compute_dtype,
                 activation_checkpointing=config.parallel.activation_checkpointing,
+                compiled=compile_backend is not None,
             )
             self.console.say(f"model {config.model.name}\n{describe(config.model, config.data.sequence_length, held)}")
         with torch.device("meta"):
             model = Decoder(config.model)
         self.model = parallelize(
             model,
-            world.mesh,
+            world.parameter_mesh(config.parallel.replicate),
             compute_dtype=compute_dtype,
             activation_checkpointing=config.parallel.activation_checkpointing,
+            compile_backend=compile_backend,
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
