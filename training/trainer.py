@@ -44,6 +44,7 @@ from training.checkpoint import (
 from training.config import Config, TrainingError, resolved
 from training.curves import draw_curves
 from training.distributed import World, distributed_world
+from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
@@ -125,6 +126,8 @@ class Trainer:
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
         self.console = Console(config.training.steps, enabled=world.is_main)
+        self.garbage = GarbageCollection()
+        self.after_step: list[Callable[[int], None]] = [self.garbage]  # called with the number of steps done
         self._build_data()
         self._build_model()
         self._restore(checkpoint)
@@ -135,6 +138,7 @@ class Trainer:
         """Train to the last step, or until a signal; leave a checkpoint, curves and a summary."""
         config, state = self.config, self.state
         failed = True
+        self.garbage.start()
         try:
             clock = self.clock = TrainingClock(state.step)
             if state.step == 0 and config.evaluation.every:
@@ -160,6 +164,7 @@ class Trainer:
                 self._finish()
             failed = False
         finally:
+            self.garbage.stop()
             self.loader.close()
             if self.world.is_main:
                 self.tracker.finish(exit_code=int(failed))
@@ -182,6 +187,8 @@ class Trainer:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for notify in self.after_step:
+            notify(self.state.step + 1)
         return total, grad_norm, lr
 
     def _evaluate(self) -> dict[str, float]:
