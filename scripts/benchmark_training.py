@@ -4,6 +4,7 @@ In: token shards, and rows of `scripts/training_benchmark/rows.py`. Each row is 
 of its own that runs real steps of train.py. Out: `training.json` in DIR after every row, and the table as Markdown.
 
     --cold        before each row, one step with empty compilation caches: time from start to first step
+    --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
     --from FILE   shows an earlier `training.json` (several: rows of later files win)
     --set KEY=VALUE   an override of train.py for all rows
 """
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,6 +110,8 @@ def _measure(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
                 environment[cache] = f"{folder}/{cache.lower()}"
             cold = _process(row, options, 1, Path(folder) / "cold", environment)
         measured = _process(row, options, options.steps, Path(folder) / "warm", environment)
+        for trace in (Path(folder) / "warm" / "run").glob("profile/step-*-rank-0.json.gz"):
+            shutil.move(trace, options.out / f"{file_name(row)}.json.gz")
     if cold is not None:
         measured["cold_start_seconds"] = cold["start_to_first_step_seconds"]
     return measured
@@ -129,10 +133,15 @@ def _process(
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"not done within {TIMEOUT} s") from None
     if done.returncode or not result.is_file():
-        log = options.out / f"{row.name.replace('/', '-')}.log"
+        log = options.out / f"{file_name(row)}.log"
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
         raise RuntimeError(reason(done.stderr, done.returncode) + f" (all of it: {log})")
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def file_name(row: rows.Row) -> str:
+    """Of what belongs to a row in the results' folder, without suffix."""
+    return row.name.replace("/", "-")
 
 
 def reason(stderr: str, status: int) -> str:
@@ -162,6 +171,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", default=["olmo2_700m", "moda_700m"], help="names, * allowed")
     parser.add_argument("--steps", type=int, default=30, help="steps of a row, the first of which are warm-up")
     parser.add_argument("--cold", action="store_true", help="measure the start with empty caches too")
+    parser.add_argument("--profile", action="store_true", help="write a trace of the last step but one of each row")
     parser.add_argument("--set", action="append", default=[], help="an override of train.py for all rows")
     parser.add_argument("--from", dest="results", nargs="+", type=Path, help="show these results, measure nothing")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

@@ -208,16 +208,33 @@ class WandbConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Steps that are looked into, on every rank: traces in the folder `profile` of the run directory."""
+
+    steps: list[int] = field(default_factory=list)  # numbers of the steps, from 2 on (empty: none)
+    memory: bool = False  # record what these steps allocate on a GPU, too
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        first = min(self.steps, default=2)
+        require(first >= 2, "logging.profile.steps", self.steps, "use steps from 2 on, such as [20]")
+        remedy = "name the steps in logging.profile.steps, such as [20], or use false"
+        require(bool(self.steps) or not self.memory, "logging.profile.memory", self.memory, remedy)
+
+
+@dataclass
 class LoggingConfig:
     """What is written, and how often."""
 
     every: int = 10  # steps between metric records and progress lines
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
         require(self.every >= 1, "logging.every", self.every, "use a positive number of steps")
         self.wandb.validate()
+        self.profile.validate()
 
 
 @dataclass

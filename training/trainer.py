@@ -48,6 +48,7 @@ from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
+from training.profiling import StepProfiler
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
 from training.tracking import WandbTracker, previous_run_id
@@ -127,7 +128,8 @@ class Trainer:
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
         self.console = Console(config.training.steps, enabled=world.is_main)
         self.garbage = GarbageCollection()
-        self.after_step: list[Callable[[int], None]] = [self.garbage]  # called with the number of steps done
+        self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
+        self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
         self._build_data()
         self._build_model()
         self._restore(checkpoint)
@@ -165,6 +167,7 @@ class Trainer:
             failed = False
         finally:
             self.garbage.stop()
+            self.profiler.close()
             self.loader.close()
             if self.world.is_main:
                 self.tracker.finish(exit_code=int(failed))

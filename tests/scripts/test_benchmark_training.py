@@ -15,8 +15,9 @@ SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set
 def test_a_row_is_measured_and_one_that_fails_says_why_without_losing_the_other(shards, tmp_path, capsys, monkeypatch):
     broken = rows.Row("broken", "olmo2_700m", 8, overrides=("parallel.activation_checkpointing=some",))
     monkeypatch.setattr(rows, "ROWS", [broken, rows.Row("moda_700m", "moda_700m", 2)])
-    status = main(["--data", str(shards), "--out", str(tmp_path), "--rows", "*", "--steps", "5", *SET])
+    status = main(["--data", str(shards), "--out", str(tmp_path), "--rows", "*", "--steps", "5", "--profile", *SET])
     assert status == 1
+    assert (tmp_path / "moda_700m.json.gz").stat().st_size > 1000
     results = json.loads((tmp_path / "training.json").read_text())
     row = results["rows"]["moda_700m"]
     assert row["steps"] == 3
