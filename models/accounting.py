@@ -8,15 +8,14 @@ as the paper prints and as MFU is usually reported; *causal*, over the pairs tha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import moda
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.parallelize import prepare_blocks
 
 # Dense bf16 matrix peak of one device, FLOP/s, from the vendor's data sheets. The longest name that is part of the
 # device's name counts; a device that is not here has no MFU rather than a wrong one.
@@ -144,6 +143,7 @@ def memory(
     world_size: int = 1,
     compute_dtype: torch.dtype = torch.bfloat16,
     activation_checkpointing: str = "none",
+    compiled: bool = False,
 ) -> Memory:
     """Bytes that training holds on a rank: weights, and what a forward pass on the meta device leaves for backward."""
     with torch.device("meta"):
@@ -161,9 +161,7 @@ def memory(
         return tensor
 
     alive: list[torch.UntypedStorage] = []
-    if activation_checkpointing == "full":
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    prepare_blocks(model, activation_checkpointing, "aot_eager_decomp_partition" if compiled else None)
     ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, ids)

@@ -36,8 +36,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [batch, time, hidden_size] to the same; `cu_seqlens` as in `moda.attention`."""
-        q, k, v = self.attention(self.enter(self.attention_norm, x), rotary)
-        out = moda.attention(q, k, v, cu_seqlens=cu_seqlens)
+        q, k, v = self.before_attention(x, rotary)
+        return self.after_attention(x, moda.attention(q, k, v, cu_seqlens=cu_seqlens))
+
+    def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
+        """q, k, v [batch, time, heads or kv_heads, head_dim] of x [batch, time, hidden_size]."""
+        return self.attention(self.enter(self.attention_norm, x), rotary)
+
+    def after_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        """The layer's output, from its input x and attention's output [batch, time, num_heads, head_dim]."""
         h = self.join(self.attention_norm, x, self.out_proj(out.flatten(2)))
         return self.join(self.ffn_norm, h, self.ffn(self.enter(self.ffn_norm, h)))
 
@@ -59,15 +66,26 @@ class DepthBlock(Block):
         self, x: Tensor, handle: Tensor, stream: moda.DepthStream, rotary: Rotary, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [batch, time, hidden_size] and the stream's handle to the same."""
+        q, k, v, *slot = self.before_attention(x, rotary)
+        if slot:
+            _, _, handle = stream.write(handle, self.layer, 0, *slot)
+        else:
+            k, v, handle = stream.write(handle, self.layer, 0, k, v)
+        out, handle = stream.attend(handle, self.layer, q, k, v, cu_seqlens=cu_seqlens)
+        x, *slot = self.after_attention(x, out, rotary)
+        if slot:
+            _, _, handle = stream.write(handle, self.layer, 1, *slot)
+        return x, handle
+
+    def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
+        """q, k, v as in `Block`, and with a projection of attention's input to a slot its k, v."""
         attention_input = self.enter(self.attention_norm, x)
         q, k, v = self.attention(attention_input, rotary)
-        if self.attention_slot is None:
-            k, v, handle = stream.write(handle, self.layer, 0, k, v)
-        else:
-            _, _, handle = stream.write(handle, self.layer, 0, *self.attention_slot(attention_input, rotary))
-        out, handle = stream.attend(handle, self.layer, q, k, v, cu_seqlens=cu_seqlens)
+        return (q, k, v) if self.attention_slot is None else (q, k, v, *self.attention_slot(attention_input, rotary))
+
+    def after_attention(self, x: Tensor, out: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The layer's output as in `Block`, and with a projection of the FFN's input to a slot its k, v."""
         h = self.join(self.attention_norm, x, self.out_proj(out.flatten(2)))
         ffn_input = self.enter(self.ffn_norm, h)
-        if self.ffn_slot is not None:
-            _, _, handle = stream.write(handle, self.layer, 1, *self.ffn_slot(ffn_input, rotary))
-        return self.join(self.ffn_norm, h, self.ffn(ffn_input)), handle
+        slot = () if self.ffn_slot is None else self.ffn_slot(ffn_input, rotary)
+        return self.join(self.ffn_norm, h, self.ffn(ffn_input)), *slot

@@ -6,8 +6,6 @@ and MoDA; the configuration says which blocks it has.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,14 +13,8 @@ from torch import Tensor, nn
 import moda
 from models.block import Block, DepthBlock
 from models.config import ModelConfig
+from models.cross_entropy import Loss, linear_cross_entropy
 from models.layers import RMSNorm, at_least_fp32, rotary_tables
-
-
-class Loss(NamedTuple):
-    """Means over all targets that are not ignored, fp32 scalars, in nats."""
-
-    cross_entropy: Tensor
-    z_loss: Tensor  # weighted: model.z_loss * mean(logsumexp(logits)^2)
 
 
 class Decoder(nn.Module):
@@ -52,15 +44,10 @@ class Decoder(nn.Module):
         Returns:
             logits [batch, time, padded_vocab_size], fp32 (float64 for a float64 model), or `Loss` with `targets`.
         """
-        logits = self.logits(self.hidden(ids, cu_seqlens))
+        hidden = self.hidden(ids, cu_seqlens)
         if targets is None:
-            return logits
-        logits, targets = logits.flatten(0, 1), targets.reshape(-1)
-        counted = targets >= 0
-        lse = logits.logsumexp(-1)
-        chosen = logits.gather(1, targets.clamp_min(0)[:, None]).squeeze(1)
-        weight = counted.to(logits.dtype) / counted.sum().clamp_min(1)
-        return Loss(((lse - chosen) * weight).sum(), self.config.z_loss * (lse.square() * weight).sum())
+            return at_least_fp32(F.linear(hidden, self.output_weight))
+        return linear_cross_entropy(hidden.flatten(0, 1), self.output_weight, targets.reshape(-1), self.config.z_loss)
 
     def hidden(self, ids: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """What enters the output product: [batch, time, hidden_size], after the final norm."""
@@ -88,10 +75,10 @@ class Decoder(nn.Module):
             x, handle = block(x, handle, stream, rotary, cu_seqlens)
         return self.final_norm(stream.finish(handle, x))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The output product, in fp32: [batch, time, padded_vocab_size]."""
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        return at_least_fp32(F.linear(hidden, weight))
+    @property
+    def output_weight(self) -> Tensor:
+        """The matrix of the output product: [padded_vocab_size, hidden_size]."""
+        return self.embedding.weight if self.head is None else self.head.weight
 
 
 def _positions(ids: Tensor, cu_seqlens: Tensor | None) -> Tensor:

@@ -90,7 +90,9 @@ class HeadNorms(nn.Module):
 
     def forward(self, k: Tensor, v: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """k, v [batch, time, kv_heads * head_dim] to [batch, time, kv_heads, head_dim]."""
-        return rotate(self.k_norm(k).unflatten(-1, self.heads), rotary), self.v_norm(v.unflatten(-1, self.heads))
+        k = rotate(self.k_norm(k).unflatten(-1, self.heads), rotary)
+        # Without a norm v is a part of the product that made it: a copy, so that the product is not kept for it.
+        return k, self.v_norm(v.unflatten(-1, self.heads)).contiguous()
 
 
 class SlotProjection(nn.Module):

@@ -1,4 +1,4 @@
-"""Lays a decoder out over devices, from outside: activation checkpointing, then FSDP2.
+"""Lays a decoder out over devices, from outside: activation checkpointing and compilation of its blocks, then FSDP2.
 
 In: a `Decoder` on the meta device and a device mesh. Out: the same object, sharded, materialised on the mesh's device,
 weights still undefined. The model file knows nothing of this.
@@ -13,9 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from models.config import ACTIVATION_CHECKPOINTING
 from models.decoder import Decoder
 
-ACTIVATION_CHECKPOINTING = ("none", "full")
+REGIONS = ("before_attention", "after_attention")  # methods of a block; attention and the depth stream lie between
 
 
 def parallelize(
@@ -24,27 +25,19 @@ def parallelize(
     *,
     compute_dtype: torch.dtype,
     activation_checkpointing: str = "none",
+    compile_backend: str | None = None,
     reshard_after_forward: bool = True,
 ) -> Decoder:
     """Shard every parameter over `mesh`; fp32 master weights and gradient reduction, `compute_dtype` in between.
 
     Args:
         model: on the meta device; returned on the mesh's device, its values undefined until `initialize` or a load.
-        mesh: one-dimensional, of ranks that share the batch.
+        mesh: of ranks that share the batch: one dimension to shard over, or two (FSDP2's HSDP), replicas x shards.
         compute_dtype: dtype of gathered weights and activations.
-        activation_checkpointing: "none", or "full" (each block is computed again in backward).
+        activation_checkpointing, compile_backend: as `prepare_blocks` takes them.
         reshard_after_forward: free a block's gathered weights between its forward and its backward.
     """
-    if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
-        raise ValueError(
-            f"activation_checkpointing={activation_checkpointing!r}: choose one of "
-            f"{', '.join(ACTIVATION_CHECKPOINTING)}."
-        )
-    if activation_checkpointing == "full":
-        for block in model.blocks:
-            # Inside FSDP2's hooks: the weights are gathered once for recomputation and backward. No dropout: no random
-            # state to preserve.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    prepare_blocks(model, activation_checkpointing, compile_backend)
     # Inputs are not cast: activations have the compute dtype already, and the rotary tables stay fp32.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -52,3 +45,33 @@ def parallelize(
     # The root holds embedding, final norm and head: needed at both ends of the pass, so they stay gathered.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     return model.to_empty(device=mesh.device_type)
+
+
+def prepare_blocks(model: Decoder, activation_checkpointing: str, compile_backend: str | None) -> None:
+    """Compile the regions of every block, and have what is asked for computed again in backward; in place.
+
+    Args:
+        activation_checkpointing: "none"; "selective" (what lies before and after attention is computed again, attention
+            is not); "full" (each block is).
+        compile_backend: of torch.compile, None compiles nothing. Layers of one kind share their graphs. Compiled are
+            the regions alone: the stream's autograd functions have a state that a traced graph would not see.
+    """
+    if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
+        raise ValueError(
+            f"activation_checkpointing={activation_checkpointing!r}: choose one of "
+            f"{', '.join(ACTIVATION_CHECKPOINTING)}."
+        )
+    if compile_backend is not None:
+        torch.compiler.reset()  # graphs of an earlier model of this process count against the limit on a function's own
+    # No dropout: no random state to preserve.
+    computed_again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
+    for block in model.blocks:
+        for name in REGIONS:
+            if compile_backend is not None:
+                compiled = torch.compile(getattr(block, name), backend=compile_backend, dynamic=False)
+                setattr(block, name, compiled)
+            if activation_checkpointing == "selective":
+                setattr(block, name, computed_again(getattr(block, name)))
+        if activation_checkpointing == "full":
+            # Inside FSDP2's hooks: the weights are gathered once for recomputation and backward.
+            block.forward = computed_again(block.forward)

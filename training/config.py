@@ -11,12 +11,11 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from models.config import ConfigError, ModelConfig, choices, require
+from models.config import ACTIVATION_CHECKPOINTING, ConfigError, ModelConfig, choices, require
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
-ACTIVATION_CHECKPOINTING = ("none", "full")
 WANDB_MODES = ("online", "offline", "disabled")
 
 
@@ -142,14 +141,23 @@ class ScheduleConfig:
 class ParallelConfig:
     """How the model is laid out over devices."""
 
-    activation_checkpointing: str = "none"  # none, or full (each block is computed again in backward)
+    # what is computed again in backward: none, selective (all but attention) or full (each block)
+    activation_checkpointing: str = "none"
+    compile: bool | None = None  # torch.compile of what lies between attention operators (null: on a GPU)
     reshard_after_forward: bool = True  # FSDP2 frees gathered weights after forward (less memory, more communication)
+    replicate: int = 1  # copies of the sharded model (HSDP), each over world size / replicate ranks, say a host's
 
-    def validate(self) -> None:
+    def validate(self, world_size: int) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
         word = self.activation_checkpointing
         known = word in ACTIVATION_CHECKPOINTING
         require(known, "parallel.activation_checkpointing", word, choices(ACTIVATION_CHECKPOINTING))
+        require(
+            self.replicate >= 1 and world_size % self.replicate == 0,
+            "parallel.replicate",
+            self.replicate,
+            f"use a positive divisor of the number of ranks, {world_size}",
+        )
 
 
 @dataclass
@@ -200,16 +208,33 @@ class WandbConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """Steps that are looked into, on every rank: traces in the folder `profile` of the run directory."""
+
+    steps: list[int] = field(default_factory=list)  # numbers of the steps, from 2 on (empty: none)
+    memory: bool = False  # record what these steps allocate on a GPU, too
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for the first value that cannot be used."""
+        first = min(self.steps, default=2)
+        require(first >= 2, "logging.profile.steps", self.steps, "use steps from 2 on, such as [20]")
+        remedy = "name the steps in logging.profile.steps, such as [20], or use false"
+        require(bool(self.steps) or not self.memory, "logging.profile.memory", self.memory, remedy)
+
+
+@dataclass
 class LoggingConfig:
     """What is written, and how often."""
 
     every: int = 10  # steps between metric records and progress lines
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
         require(self.every >= 1, "logging.every", self.every, "use a positive number of steps")
         self.wandb.validate()
+        self.profile.validate()
 
 
 @dataclass
@@ -235,7 +260,7 @@ class Config:
         self.training.validate(world_size)
         self.optimizer.validate()
         self.schedule.validate()
-        self.parallel.validate()
+        self.parallel.validate(world_size)
         self.checkpoint.validate()
         self.evaluation.validate()
         self.logging.validate()

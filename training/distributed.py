@@ -41,6 +41,17 @@ class World:
             precision = "bf16" if self.device.type == "cuda" else "fp32"
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
+    def compile_backend(self, choice: bool | None) -> str | None:
+        """The backend of torch.compile that `parallel.compile` means here, None for none: null compiles on a GPU."""
+        return "inductor" if choice or (choice is None and self.device.type == "cuda") else None
+
+    def parameter_mesh(self, replicate: int) -> DeviceMesh:
+        """The mesh that parameters are laid out over: all ranks, or `replicate` groups of consecutive ranks."""
+        if replicate == 1:
+            return self.mesh
+        shape = (replicate, self.size // replicate)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
     def broadcast(self, value: Any) -> Any:
         """Rank 0's picklable `value`, on every rank."""
         values = [value]

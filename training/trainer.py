@@ -44,9 +44,11 @@ from training.checkpoint import (
 from training.config import Config, TrainingError, resolved
 from training.curves import draw_curves
 from training.distributed import World, distributed_world
+from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
+from training.profiling import StepProfiler
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
 from training.tracking import WandbTracker, previous_run_id
@@ -125,6 +127,9 @@ class Trainer:
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
         self.console = Console(config.training.steps, enabled=world.is_main)
+        self.garbage = GarbageCollection()
+        self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
+        self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
         self._build_data()
         self._build_model()
         self._restore(checkpoint)
@@ -135,6 +140,7 @@ class Trainer:
         """Train to the last step, or until a signal; leave a checkpoint, curves and a summary."""
         config, state = self.config, self.state
         failed = True
+        self.garbage.start()
         try:
             clock = self.clock = TrainingClock(state.step)
             if state.step == 0 and config.evaluation.every:
@@ -160,6 +166,8 @@ class Trainer:
                 self._finish()
             failed = False
         finally:
+            self.garbage.stop()
+            self.profiler.close()
             self.loader.close()
             if self.world.is_main:
                 self.tracker.finish(exit_code=int(failed))
@@ -182,6 +190,8 @@ class Trainer:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        for notify in self.after_step:
+            notify(self.state.step + 1)
         return total, grad_norm, lr
 
     def _evaluate(self) -> dict[str, float]:
@@ -307,6 +317,7 @@ class Trainer:
     def _build_model(self) -> None:
         config, world = self.config, self.world
         compute_dtype = world.compute_dtype(config.training.precision)
+        compile_backend = world.compile_backend(config.parallel.compile)
         if world.is_main:
             held = memory(
                 config.model,
@@ -315,15 +326,17 @@ class Trainer:
                 world_size=world.size,
                 compute_dtype=compute_dtype,
                 activation_checkpointing=config.parallel.activation_checkpointing,
+                compiled=compile_backend is not None,
             )
             self.console.say(f"model {config.model.name}\n{describe(config.model, config.data.sequence_length, held)}")
         with torch.device("meta"):
             model = Decoder(config.model)
         self.model = parallelize(
             model,
-            world.mesh,
+            world.parameter_mesh(config.parallel.replicate),
             compute_dtype=compute_dtype,
             activation_checkpointing=config.parallel.activation_checkpointing,
+            compile_backend=compile_backend,
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)

@@ -28,19 +28,26 @@ def record_versions(run_dir: Path, world: World, step: int) -> None:
         entries = []
     entries.append(
         {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "step": step,
             "command": " ".join(sys.argv),
-            "commit": commit(),
-            "python": platform.python_version(),
-            "packages": {name: found for name in PACKAGES if (found := _version(name))},
-            "cuda": torch.version.cuda,
             "ranks": world.size,
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
-            "host": platform.node(),
+            **environment(world.device.type),
         }
     )
     write_atomically(path, json.dumps(entries, indent=1).encode())
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Time, commit, packages and machine; `device` is "cpu" or "cuda"."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or "cpu",
+        "host": platform.node(),
+    }
 
 
 def commit() -> dict[str, Any] | None:

@@ -16,10 +16,10 @@ from tests.models.plain import PlainStream, small, tokens
 MODA = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
 
 
-def sharded(config, **options):
+def sharded(config, mesh=None, **options):
     with torch.device("meta"):
         model = Decoder(config).double()
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     model = parallelize(model, mesh, compute_dtype=torch.float64, **options)
     initialize(model, seed=1)
     return model
@@ -38,26 +38,39 @@ def expected_gradients(config, batches):
 
 
 def check_gradients():
+    kinds = itertools.product(("none", "full"), (True, False))
+    alone = [{"activation_checkpointing": kind, "reshard_after_forward": reshard} for kind, reshard in kinds]
+    compiled = [{"activation_checkpointing": kind, "compile_backend": "aot_eager"} for kind in ("none", "selective")]
+    replicated = [{"mesh": init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))}]
+    for fields, options in (
+        *itertools.product(({}, MODA), alone),
+        *((MODA, options) for options in compiled + replicated),
+    ):
+        check_gradients_of(small(**fields), options)
+
+
+def check_gradients_of(config, options):
     rank = torch.distributed.get_rank()
     batches = [tokens(batch=1, seed=seed) for seed in range(4)]
-    for fields, checkpointing, reshard in itertools.product(({}, MODA), ("none", "full"), (True, False)):
-        config = small(**fields)
-        model = sharded(config, activation_checkpointing=checkpointing, reshard_after_forward=reshard)
-        for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
-            model.set_requires_gradient_sync(index == 1)
-            loss = sum(model(*batch)) / 2
-            with torch.no_grad():  # an evaluation between forward and backward, and between micro-batches
-                model(tokens(seed=9)[0])
-            loss.backward()
-        for name, want in expected_gradients(config, batches).items():
-            parameter = model.get_parameter(name)
-            assert isinstance(parameter, DTensor)
-            got = parameter.grad.full_tensor()
-            error = (got - want).norm() / want.norm().clamp_min(1e-6)
-            assert error < 1e-6, f"{fields} {checkpointing} reshard={reshard} {name}: {error:.1e}"
+    model = sharded(config, **options)
+    torch._dynamo.utils.counters.clear()
+    for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
+        model.set_requires_gradient_sync(index == 1)
+        loss = sum(model(*batch)) / 2
+        with torch.no_grad():  # an evaluation between forward and backward, and between micro-batches
+            model(tokens(seed=9)[0])
+        loss.backward()
+    if "compile_backend" in options:  # two regions of two kinds of layers, with and without gradients
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 8
+    for name, want in expected_gradients(config, batches).items():
+        parameter = model.get_parameter(name)
+        assert isinstance(parameter, DTensor)
+        got = parameter.grad.full_tensor()
+        error = (got - want).norm() / want.norm().clamp_min(1e-6)
+        assert error < 1e-6, f"{config} {options} {name}: {error:.1e}"
 
 
-def test_gradients_equal_the_definition_with_checkpointing_and_accumulation():
+def test_gradients_equal_the_definition_with_checkpointing_compilation_replication_and_accumulation():
     run_ranks(check_gradients, 2)
 
 

@@ -1,0 +1,183 @@
+"""Speed and memory of training steps: `python scripts/benchmark_training.py --data SHARDS --out DIR [--rows 'moda*']`.
+
+In: token shards, and rows of `scripts/training_benchmark/rows.py`. Each row is a process (with several GPUs a torchrun)
+of its own that runs real steps of train.py. Out: `training.json` in DIR after every row, and the table as Markdown.
+
+    --cold        before each row, one step with empty compilation caches: time from start to first step
+    --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
+    --from FILE   shows an earlier `training.json` (several: rows of later files win)
+    --set KEY=VALUE   an override of train.py for all rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data.shards import write_atomically
+from models.config import ConfigError
+from scripts.training_benchmark import rows, tables
+
+# A run of which nothing but steps is wanted; logging is on, and reads the loss every ten steps as by default.
+QUIET = [
+    "training.steps=1000",
+    "schedule.warmup_steps=100",
+    "evaluation.every=0",
+    "checkpoint.every=1000",
+    "logging.wandb.mode=disabled",
+]
+TIMEOUT = 900  # seconds of a row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or show. Returns the exit status: 0; 1 when a row failed; 2 for what cannot be done."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    try:
+        if options.worker:
+            return _work(options)
+        if options.results:
+            results = merge([json.loads(path.read_text(encoding="utf-8")) for path in options.results])
+        else:
+            results = run(options, shlex.join(["python", "scripts/benchmark_training.py", *arguments]))
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(tables.render(results))
+    return 1 if results["failures"] else 0
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Measure the chosen rows one after the other; the results file is whole after each."""
+    if options.data is None or options.out is None:
+        raise ValueError("--data SHARDS and --out DIR are needed for a measurement: give both, or --from FILE to show.")
+    if not (options.data / "train" / "manifest.json").is_file():
+        raise ValueError(f"--data {options.data} holds no token shards: prepare some with scripts/prepare_data.py.")
+    if options.steps < 3:
+        raise ValueError(f"--steps {options.steps} leaves nothing to measure: use at least 3.")
+    todo = rows.chosen(options.rows)
+    results: dict[str, Any] = {"commands": [command], "environment": {}, "rows": {}, "failures": {}}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number, row in enumerate(todo, start=1):
+        print(f"[{number} of {len(todo)}] {row.name}: {shlex.join(row.arguments)}", flush=True)
+        begin = time.monotonic()
+        try:
+            measured = _measure(row, options)
+        except RuntimeError as error:
+            results["failures"][row.name] = str(error)
+            print(f"  failed: {error}", flush=True)
+        else:
+            results["environment"] = measured.pop("environment")
+            results["rows"][row.name] = {"arguments": row.arguments} | measured
+            rate = measured["tokens_per_second"] / 1e3
+            print(f"  {rate:.1f} k tokens/s, {time.monotonic() - begin:.0f} s in all", flush=True)
+        write_atomically(options.out / "training.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several results as one: all commands, the last environment, of each row the last measurement."""
+    merged: dict[str, Any] = {"commands": [], "environment": {}, "rows": {}, "failures": {}}
+    for part in parts:
+        merged["commands"] += part["commands"]
+        merged["environment"] = part["environment"] or merged["environment"]
+        for name in part["rows"]:
+            merged["failures"].pop(name, None)
+        merged["rows"] |= part["rows"]
+        merged["failures"] |= {name: why for name, why in part["failures"].items() if name not in merged["rows"]}
+    return merged
+
+
+def _measure(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
+    """The results of one row. Raises RuntimeError with the reason when its process fails."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        environment = dict(os.environ)
+        cold = None
+        if options.cold:
+            for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+                environment[cache] = f"{folder}/{cache.lower()}"
+            cold = _process(row, options, 1, Path(folder) / "cold", environment)
+        measured = _process(row, options, options.steps, Path(folder) / "warm", environment)
+        for trace in (Path(folder) / "warm" / "run").glob("profile/step-*-rank-0.json.gz"):
+            shutil.move(trace, options.out / f"{file_name(row)}.json.gz")
+    if cold is not None:
+        measured["cold_start_seconds"] = cold["start_to_first_step_seconds"]
+    return measured
+
+
+def _process(
+    row: rows.Row, options: argparse.Namespace, steps: int, folder: Path, environment: dict[str, str]
+) -> dict[str, Any]:
+    result = folder / "result.json"
+    folder.mkdir()
+    overrides = [*QUIET, f"data.path={options.data}", f"run.dir={folder / 'run'}", *row.arguments, *options.set]
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)] if row.gpus > 1 else []
+    )
+    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--worker", str(result)]
+    command += ["--steps", str(steps), "--started", str(time.time()), *(f"--set={override}" for override in overrides)]
+    try:
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"not done within {TIMEOUT} s") from None
+    if done.returncode or not result.is_file():
+        log = options.out / f"{file_name(row)}.log"
+        log.write_text(done.stdout + done.stderr, encoding="utf-8")
+        raise RuntimeError(reason(done.stderr, done.returncode) + f" (all of it: {log})")
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def file_name(row: rows.Row) -> str:
+    """Of what belongs to a row in the results' folder, without suffix."""
+    return row.name.replace("/", "-")
+
+
+def reason(stderr: str, status: int) -> str:
+    """Why a process failed, from what it printed, in a line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
+        for line in reversed(lines):
+            if word in line:
+                return line[:300]
+    return f"exit status {status}"
+
+
+def _work(options: argparse.Namespace) -> int:
+    """The inside of a row: measure here and write the result."""
+    from scripts.training_benchmark.measure import measure  # imports torch, which the outside does without
+
+    result = measure(options.set, options.steps, options.started)
+    if result is not None:
+        options.worker.write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokens/s, MFU and memory of training steps.")
+    parser.add_argument("--data", type=Path, help="token shards, as scripts/prepare_data.py writes them")
+    parser.add_argument("--out", type=Path, help="folder for training.json and the logs of rows that fail")
+    parser.add_argument("--rows", nargs="+", default=["olmo2_700m", "moda_700m"], help="names, * allowed")
+    parser.add_argument("--steps", type=int, default=30, help="steps of a row, the first of which are warm-up")
+    parser.add_argument("--cold", action="store_true", help="measure the start with empty caches too")
+    parser.add_argument("--profile", action="store_true", help="write a trace of the last step but one of each row")
+    parser.add_argument("--set", action="append", default=[], help="an override of train.py for all rows")
+    parser.add_argument("--from", dest="results", nargs="+", type=Path, help="show these results, measure nothing")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""What makes steps fast, on a GPU: compiled regions and the loss kernel give the plain results, nothing stalls."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import models.cross_entropy
+from models.cross_entropy import linear_cross_entropy
+from tests.shards import tiny_config
+from training.distributed import distributed_world
+from training.metrics import read_metrics
+from training.signals import stop_on_signals
+from training.trainer import Trainer, train
+
+
+def configured(shards, run_dir, depth=True, **parallel):
+    config = tiny_config(shards, run_dir)
+    config.model.head_dim, config.model.hidden_size = 32, 128
+    config.model.depth_kv = config.model.ffn_kv_proj = depth
+    config.training.device = "cuda"
+    for name, value in parallel.items():
+        setattr(config.parallel, name, value)
+    return config
+
+
+@pytest.mark.parametrize("vocabulary", [100352, 4999])
+def test_the_loss_of_bf16_chunks_is_that_of_whole_logits_in_float64(vocabulary, monkeypatch):
+    monkeypatch.setattr(models.cross_entropy, "CHUNK_BYTES", 512 * vocabulary * 2)
+    torch.manual_seed(0)
+    hidden = torch.randn(1300, 256, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, 256, device="cuda") / 8).bfloat16().requires_grad_()
+    targets = torch.randint(-1, vocabulary, (1300,), device="cuda")
+    loss = linear_cross_entropy(hidden, weight, targets, 1e-2)
+    got = torch.autograd.grad(sum(loss) / 4, (hidden, weight))
+    logits, counted = hidden.double() @ weight.double().T, targets >= 0
+    want = F.cross_entropy(logits[counted], targets[counted]), 1e-2 * logits.logsumexp(-1)[counted].square().mean()
+    for ours, theirs in zip(loss, want, strict=True):
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-4)
+    for ours, theirs in zip(got, torch.autograd.grad(sum(want) / 4, (hidden, weight)), strict=True):
+        assert (ours.double() - theirs.double()).norm() / theirs.double().norm() < 8e-3
+
+
+@pytest.mark.parametrize("depth", [False, True], ids=["baseline", "moda"])
+def test_compiled_and_checkpointed_runs_follow_the_plain_one(depth, shards, tmp_path):
+    losses = {}
+    for name, parallel in {
+        "plain": {"compile": False},
+        "compiled": {"compile": True},
+        "selective": {"compile": True, "activation_checkpointing": "selective"},
+        "full": {"compile": True, "activation_checkpointing": "full"},
+    }.items():
+        train(configured(shards, tmp_path / name, depth, **parallel))
+        losses[name] = {r["step"]: r["train/loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl")[1:]}
+    assert losses["plain"][20] < losses["plain"][1] - 0.1
+    for name, got in losses.items():
+        for step, loss in losses["plain"].items():
+            assert math.isclose(got[step], loss, rel_tol=0.01), f"{name}, step {step}"
+
+
+@pytest.mark.parametrize("depth", [False, True], ids=["baseline", "moda"])
+def test_a_step_never_waits_for_the_device(depth, shards, tmp_path):
+    config = configured(shards, tmp_path / "run", depth)
+    with distributed_world("cuda") as world, stop_on_signals() as stop:
+        trainer = Trainer(config, world, stop, None)
+        batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
+        for batch in batches[:2]:  # compiles, makes the optimizer's state
+            trainer._step(batch)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches[2:]:
+                trainer._step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        trainer.loader.close()

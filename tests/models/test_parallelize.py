@@ -1,0 +1,95 @@
+"""Compiled and checkpointed blocks against plain ones: same losses, same gradients, graphs shared by all layers."""
+
+import itertools
+import shutil
+
+import pytest
+import torch
+
+import moda
+from models.parallelize import prepare_blocks
+from tests.models.plain import build, small, tokens
+
+BASELINE = {}
+MODA = {"depth_kv": True, "ffn_kv_proj": True}
+PROJECTED = {**MODA, "attn_kv_proj": True}
+
+
+def gradients(model, evaluates):
+    """Loss and gradients of two micro-batches, if wanted with an evaluation between the forward and the backward."""
+    for seed in range(2):
+        loss = sum(model(*tokens(seed=seed)))
+        if evaluates:
+            with torch.no_grad():
+                torch.testing.assert_close(sum(model(*tokens(seed=seed))), loss)
+        loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(config, activation_checkpointing, backend, evaluates=True):
+    want_loss, want = gradients(build(config), evaluates)
+    model = build(config)
+    prepare_blocks(model, activation_checkpointing, backend)
+    loss, got = gradients(model, evaluates)
+    torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=0)
+    for name, gradient in want.items():
+        error = (got[name] - gradient).norm() / gradient.norm().clamp_min(1e-6)
+        assert error < 1e-11, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+@pytest.mark.parametrize("activation_checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("fields", [BASELINE, MODA, PROJECTED], ids=["baseline", "moda", "projected"])
+def test_gradients_are_those_of_plain_blocks(fields, activation_checkpointing, backend):
+    assert_same(small(**fields), activation_checkpointing, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler for inductor")
+def test_gradients_are_those_of_plain_blocks_under_inductor():
+    assert_same(small(**MODA, norm="pre", value_norm=True, bias=True), "none", "inductor", evaluates=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "graphs"), [(BASELINE, 2), (MODA, 3), (PROJECTED, 4)], ids=["baseline", "moda", "projected"]
+)
+def test_layers_share_graphs(fields, graphs):
+    """The last layer, which leaves nothing to be read, has graphs of its own; no other adds one."""
+    counters = torch._dynamo.utils.counters
+    for num_layers in (3, 7):
+        model = build(small(num_layers=num_layers, **fields))
+        prepare_blocks(model, "none", "aot_eager")
+        counters.clear()
+        for seed in range(2):
+            sum(model(*tokens(seed=seed))).backward()
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("fields", [BASELINE, MODA], ids=["baseline", "moda"])
+def test_selective_checkpointing_computes_attention_once_and_full_twice(fields, monkeypatch):
+    calls, original = [], moda.reference.joint_forward
+    monkeypatch.setattr(moda.reference, "joint_forward", lambda *a: (calls.append(1), original(*a))[1])
+    for activation_checkpointing, times in (("none", 1), ("selective", 1), ("full", 2)):
+        model = build(small(**fields))
+        prepare_blocks(model, activation_checkpointing, None)
+        calls.clear()
+        sum(model(*tokens())).backward()
+        assert len(calls) == times * model.config.num_layers
+
+
+def test_each_kind_of_checkpointing_keeps_less_than_the_one_before():
+    kept = {}
+    for activation_checkpointing in ("none", "selective", "full"):
+        model, total = build(small(**MODA)), []
+        prepare_blocks(model, activation_checkpointing, None)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, total=total: (total.append(t), t)[1], lambda t: t):
+            model(*tokens())
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in total}
+        kept[activation_checkpointing] = sum(storages.values())
+    assert all(more > 1.2 * less for more, less in itertools.pairwise(kept.values())), kept
+
+
+def test_an_unknown_kind_of_checkpointing_is_refused():
+    with pytest.raises(ValueError, match="choose one of none, selective, full"):
+        prepare_blocks(build(small()), "some", None)

@@ -1,0 +1,30 @@
+"""Python's garbage collector between steps: a collection at a moment of its own choosing stalls one rank, and so all.
+
+In: the number of steps done, after each. Out: nothing; automatic collection is off from `start` to `stop`.
+"""
+
+from __future__ import annotations
+
+import gc
+
+STEPS = 50  # between collections: cycles of a step are small, and tensors hardly ever hang on them
+
+
+class GarbageCollection:
+    """Collects every STEPS steps, on all ranks at the same one."""
+
+    def start(self) -> None:
+        """Turn automatic collection off, after a full one; what exists now is not looked at again."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+    def __call__(self, step: int) -> None:
+        """Collect if it is time; `step`: steps done."""
+        if step % STEPS == 0:
+            gc.collect(1)
+
+    def stop(self) -> None:
+        """Turn automatic collection on again."""
+        gc.enable()
+        gc.unfreeze()
