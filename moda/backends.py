@@ -20,9 +20,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from moda import joined, reference
+from moda import fused, joined, reference
 
-BACKENDS = {"joined": joined, "reference": reference}  # the fastest first
+BACKENDS = {"joined": joined, "fused": fused, "reference": reference}  # the fastest first
 
 
 def choose_backend(backend: str, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> ModuleType:
