@@ -8,7 +8,7 @@ import moda
 from moda import joined, reference
 from tests.moda.stack import Stack, loss_of, random_input
 
-SHAPES = [(1, 1, 1), (2, 65, 2), (1, 256, 8), (2, 1024, 3)]  # batch, time (cuDNN takes multiples of 128), group
+SHAPES = [(1, 1, 1), (2, 65, 2), (1, 256, 8), (2, 1024, 3)]  # batch, time, group
 
 
 def combined_error(got, want):
@@ -41,7 +41,8 @@ def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere():
     q = torch.zeros(1, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert joined.unusable(q, q, None) is None
     assert "fp16" in str(joined.unusable(q.float(), q.float(), None))
-    assert "document" in str(joined.unusable(q, q, torch.tensor([0, 4])))
+    assert joined.unusable(q, q, torch.tensor([0, 4])) is None
+    assert joined.unusable(q[:, :1], q, None) is None
     assert "head_dim" in str(joined.unusable(q[..., :24], q[..., :24], None))
 
 
@@ -63,5 +64,5 @@ def test_the_stream_is_as_exact_as_its_dtype(time, bounds, checkpointed):
     again = narrow.gradients(loss)
     want = wide.gradients(loss_of(wide.definition(x.double())))
     assert combined_error(got, want) < 1.5e-2
-    if time % joined.CUDNN_TIME:  # one block of keys; over more, fused kernels add up dq in no fixed order
+    if time < 128:  # one block of keys; over more, fused kernels add up dq in no fixed order
         assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
