@@ -57,6 +57,8 @@ def tune(
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
         raise RuntimeError(f"Kernels are measured on a CUDA device, and {device} is none: run this on the GPU to tune.")
+    if device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     began = time.monotonic()
     jobs = [(head_dim, group) for head_dim in head_dims for group in groups]
     workers = min(len(jobs), workers or max(1, min(8, (os.cpu_count() or 1) // 2)))
