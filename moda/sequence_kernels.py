@@ -16,6 +16,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -292,8 +293,22 @@ class Package:
         """Why its functions cannot be called, None when they can; imports it, once, where it is installed."""
         return _loaded(self)[1]
 
-    def function(self, name: str):
-        return getattr(_loaded(self)[0], name)
+    def call(self, name: str, **values: object) -> Any:
+        """Call a function of it, all arguments by position: torch 2.11 does not find what an operator writes to
+        otherwise."""
+        function, parameters = _function(self, name)
+        return function(*[values.get(parameter, default) for parameter, default in parameters])
+
+
+@cache
+def _function(package: Package, name: str) -> tuple[Callable[..., Any], list[tuple[str, object]]]:
+    """A function, and its parameters with their defaults."""
+    function = getattr(_loaded(package)[0], name)
+    return function, [(parameter.name, parameter.default) for parameter in _signature(function).parameters.values()]
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(getattr(function, "_init_fn", function))  # what a custom operator was made of
 
 
 @cache
@@ -320,7 +335,7 @@ def _mismatch(package: Package, module: ModuleType) -> str | None:
         function = getattr(module, name, None)
         if function is None:
             return f"{package.module} has no {name}"
-        parameters = inspect.signature(getattr(function, "_init_fn", function)).parameters  # of a custom operator's
+        parameters = _signature(function).parameters
         needed = {p.name for p in parameters.values() if p.default is p.empty}
         if not needed <= set(given.split()) <= set(parameters):
             return f"{package.module}.{name} does not take the parameters ({', '.join(given.split())})"
@@ -350,8 +365,15 @@ class FlashAttention4(FlashAttention):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         with torch.cuda.device_of(q):
-            o, lse, *_ = self.package.function("_flash_attn_fwd")(
-                q=q, k=k, v=v, softmax_scale=scale, causal=True, return_lse=True, **self._documents(documents)
+            o, lse, *_ = self.package.call(
+                "_flash_attn_fwd",
+                q=q,
+                k=k,
+                v=v,
+                softmax_scale=scale,
+                causal=True,
+                return_lse=True,
+                **self._documents(documents),
             )
         return o, lse
 
@@ -367,7 +389,8 @@ class FlashAttention4(FlashAttention):
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.cuda.device_of(q):
-            dq, dk, dv, *_ = self.package.function("_flash_attn_bwd")(
+            dq, dk, dv, *_ = self.package.call(
+                "_flash_attn_bwd",
                 q=q,
                 k=k,
                 v=v,
@@ -415,7 +438,7 @@ class FlashAttention2(FlashAttention):
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         name = "_flash_attn_forward" if documents is None else "_flash_attn_varlen_forward"
-        o, lse, *_ = self.package.function(name)(q=q, k=k, v=v, return_softmax=False, **self._options(scale, documents))
+        o, lse, *_ = self.package.call(name, q=q, k=k, v=v, return_softmax=False, **self._options(scale, documents))
         return o, lse
 
     def _backward(
@@ -431,7 +454,8 @@ class FlashAttention2(FlashAttention):
     ) -> tuple[Tensor, Tensor, Tensor]:
         name = "_flash_attn_backward" if documents is None else "_flash_attn_varlen_backward"
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-        self.package.function(name)(
+        self.package.call(
+            name,
             dout=do,
             q=q,
             k=k,

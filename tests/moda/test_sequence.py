@@ -40,6 +40,7 @@ def forget_choices():
     def forget():
         sequence._choice.cache_clear()
         sequence_kernels._loaded.cache_clear()
+        sequence_kernels._function.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
             del sys.modules[name]
 
@@ -220,23 +221,35 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, c
     assert causal and cu_seqlens_q is cu_seqlens_k
     return differentiate(dout, q, k, v, out, lse, cu_seqlens_q, softmax_scale)
 """
+# Custom operators there: made of a function, and called by position.
 FLASH_ATTN_2 = """
+class custom_op:
+    def __init__(self, function):
+        self._init_fn = function
+
+    def __call__(self, *arguments):
+        return self._init_fn(*arguments)
+
+@custom_op
 def _flash_attn_forward(q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
                         alibi_slopes, return_softmax):
     assert causal and dropout_p == softcap == 0 and window_size_left == window_size_right == -1
     return *attend(q, k, v, None, softmax_scale), None, None
 
+@custom_op
 def _flash_attn_varlen_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
                                softmax_scale, causal, window_size_left=-1, window_size_right=-1, softcap=0.0,
                                alibi_slopes=None, return_softmax=False, block_table=None):
     assert causal and cu_seqlens_q is cu_seqlens_k
     return *attend(q, k, v, cu_seqlens_q, softmax_scale), None, None
 
+@custom_op
 def _flash_attn_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
                          window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
     for given, gradient in zip((dq, dk, dv), differentiate(dout, q, k, v, out, softmax_lse, None, softmax_scale)):
         given.copy_(gradient)
 
+@custom_op
 def _flash_attn_varlen_backward(dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k,
                                 max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left,
                                 window_size_right, softcap, alibi_slopes, deterministic, rng_state=None):
