@@ -271,7 +271,7 @@ class FlashOfPyTorch(FlashAttention):
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ends, longest_q, longest_k = _lengths(q, k, documents)
-        state = [lse.new_empty(0, dtype=torch.uint64)] * 2  # of the dropout's generator: not read without dropout
+        state = [lse.new_empty(0, dtype=torch.int64)] * 2  # of the dropout's generator: not read without dropout
         return aten._flash_attention_backward(
             do, q, k, v, o, lse, ends, ends, longest_q, longest_k, 0.0, True, *state, scale=scale
         )

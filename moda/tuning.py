@@ -34,7 +34,7 @@ TIMES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 TOKENS = 32768  # a call
 QUERY_HEADS = 16  # at least: a group has them all
 DOCUMENT = 700  # tokens, on average, where there are documents
-PAUSE = 4_000_000  # clock cycles of the device, some 2 ms: the time to queue the calls
+PAUSE = 6_000_000  # clock cycles of the device, some 3 ms: the time to queue the calls
 BUDGET = 0.03  # seconds of one kernel's repetitions
 COMMAND = "python scripts/benchmark_kernels.py --tune"
 
@@ -52,7 +52,7 @@ def tune(
 ) -> dict:
     """Times of every kernel that can take a shape, forward and backward, as the content of a table.
 
-    A kernel that fails is reported and left out of the lines where it does. Raises RuntimeError without a CUDA device.
+    A kernel that fails is reported and left out from there on. Raises RuntimeError without a CUDA device.
     """
     device = torch.device(device)
     if device.type != "cuda" or not torch.cuda.is_available():
@@ -133,28 +133,14 @@ def _measure_shapes(device: str, head_dim: int, group: int, times: tuple[int, ..
     failures: list[str] = []
     torch.cuda.set_device(device)
     for documents in (False, True):
-        kernels = _kernels_of(Problem(device, head_dim, group, min(times), documents).call())
-        for name in list(kernels):  # builds what is built at the first call
-            try:
-                problem = Problem(device, head_dim, group, min(times), documents, tokens=2 * min(times))
-                for run in problem.runs(kernels[name]).values():
-                    run()
-                torch.cuda.synchronize()
-            except Exception as error:  # a vendor's kernel may fail in any way; the others are to be measured
-                failures.append(f"{name} is left out, {type(error).__name__}: {error}")
-                del kernels[name]
+        small = Problem(device, head_dim, group, min(times), documents, tokens=2 * min(times))
+        kernels = {name: kernel for name, kernel in MENU.items() if kernel.unusable(small.call()) is None}
+        small.measure(kernels, failures)  # builds what is built at the first call
         for length in times:
             with _measuring:
-                problem = Problem(device, head_dim, group, length, documents)
-                call = problem.call()
-                lines.append(problem.line({n: k for n, k in kernels.items() if k.unusable(call) is None}))
-                del problem
+                lines.append(Problem(device, head_dim, group, length, documents).measure(kernels, failures))
                 torch.cuda.empty_cache()
     return lines, failures
-
-
-def _kernels_of(call: Call) -> dict[str, SequenceKernel]:
-    return {name: kernel for name, kernel in MENU.items() if kernel.unusable(call) is None}
 
 
 class Problem:
@@ -189,14 +175,21 @@ class Problem:
             "backward": lambda: kernel.backward(self.do, self.q, self.k, self.v, o, lse, scale, self.cu_seqlens),
         }
 
-    def line(self, kernels: dict[str, SequenceKernel]) -> Line:
-        """Times of these kernels on this problem, fastest first."""
-        times: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
-        for name, kernel in kernels.items():
-            for kind, run in self.runs(kernel).items():
-                times[kind][name] = round(milliseconds(run), 4)
+    def measure(self, kernels: dict[str, SequenceKernel], failures: list[str]) -> Line:
+        """Times of those kernels that can take this problem, fastest first. What fails is told, and removed."""
         call = self.call()
-        fastest_first = [dict(sorted(times[kind].items(), key=lambda item: item[1])) for kind in times]
+        times: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+        for name, kernel in list(kernels.items()):
+            if kernel.unusable(call) is None:
+                try:
+                    measured = {kind: round(milliseconds(run), 4) for kind, run in self.runs(kernel).items()}
+                except Exception as error:  # a vendor's kernel may fail in any way; the others are to be measured
+                    failures.append(f"{name} is left out from {call} on, {type(error).__name__}: {error}")
+                    del kernels[name]
+                    continue
+                for kind, ms in measured.items():
+                    times[kind][name] = ms
+        fastest_first = [dict(sorted(of_kind.items(), key=lambda item: item[1])) for of_kind in times.values()]
         dtype = str(call.dtype).removeprefix("torch.")
         return Line(call.architecture, dtype, call.documents, call.head_dim, call.group, call.time, *fastest_first)
 

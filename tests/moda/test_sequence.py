@@ -444,17 +444,29 @@ def test_tuning_needs_a_gpu():
         tuning.tune("cpu")
 
 
-def test_a_line_has_the_times_of_the_given_kernels_fastest_first(monkeypatch, menu):
+def test_a_line_has_the_times_of_the_kernels_fastest_first_and_tells_what_fails(monkeypatch, menu):
     measured = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(tuning, "milliseconds", lambda run: (run(), next(measured))[1])
     case = tuning.Problem("cpu", 8, 2, 32, documents=True, tokens=64)
-    got = case.line(menu)
-    assert got == Line(
-        0, "bfloat16", True, 8, 2, 32, {"flash_attn_4": 2.0, "cudnn": 3.0}, {"cudnn": 1.0, "flash_attn_4": 4.0}
-    )
+    menu["flash"], menu["flash_attn_2"] = OnAnyDevice("flash", oldest=80), OnAnyDevice("flash_attn_2")
+    menu["flash_attn_2"].forward = lambda *arguments: 1 / 0
+    failures = []
+    got = case.measure(menu, failures)
+    times = {"flash_attn_4": 2.0, "cudnn": 3.0}, {"cudnn": 1.0, "flash_attn_4": 4.0}
+    assert got == Line(0, "bfloat16", True, 8, 2, 32, *times)
     assert list(got.forward) == ["flash_attn_4", "cudnn"]
-    assert case.cu_seqlens[0] == 0
-    assert case.cu_seqlens[-1] == 64
+    assert set(menu) == {"cudnn", "flash_attn_4", "flash"}
+    assert len(failures) == 1
+    assert "flash_attn_2 is left out" in failures[0]
+    assert "ZeroDivisionError" in failures[0]
+
+
+def test_documents_of_a_problem_cover_its_tokens_at_uneven_places():
+    ends = tuning.Problem("cpu", 8, 2, 700, documents=True, tokens=7000).cu_seqlens
+    assert ends[0] == 0
+    assert ends[-1] == 7000
+    assert len(ends) == 12
+    assert len(ends.diff().unique()) > 5
 
 
 def test_the_summary_names_the_fastest_of_every_shape():
