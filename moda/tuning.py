@@ -135,7 +135,7 @@ def _measure_shapes(device: str, head_dim: int, group: int, times: tuple[int, ..
     for documents in (False, True):
         small = Problem(device, head_dim, group, min(times), documents, tokens=2 * min(times))
         kernels = {name: kernel for name, kernel in MENU.items() if kernel.unusable(small.call()) is None}
-        small.measure(kernels, failures)  # builds what is built at the first call
+        small.measure(kernels, failures, _untimed)  # builds what is built at the first call, beside who measures
         for length in times:
             with _measuring:
                 lines.append(Problem(device, head_dim, group, length, documents).measure(kernels, failures))
@@ -175,14 +175,23 @@ class Problem:
             "backward": lambda: kernel.backward(self.do, self.q, self.k, self.v, o, lse, scale, self.cu_seqlens),
         }
 
-    def measure(self, kernels: dict[str, SequenceKernel], failures: list[str]) -> Line:
-        """Times of those kernels that can take this problem, fastest first. What fails is told, and removed."""
+    def measure(
+        self,
+        kernels: dict[str, SequenceKernel],
+        failures: list[str],
+        clock: Callable[[Callable[[], object]], float] | None = None,
+    ) -> Line:
+        """Times of those kernels that can take this problem, fastest first. What fails is told, and removed.
+
+        `clock` gives the time of a call, `milliseconds` when None.
+        """
+        clock = clock or milliseconds
         call = self.call()
         times: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
         for name, kernel in list(kernels.items()):
             if kernel.unusable(call) is None:
                 try:
-                    measured = {kind: round(milliseconds(run), 4) for kind, run in self.runs(kernel).items()}
+                    measured = {kind: round(clock(run), 4) for kind, run in self.runs(kernel).items()}
                 except Exception as error:  # a vendor's kernel may fail in any way; the others are to be measured
                     failures.append(f"{name} is left out from {call} on, {type(error).__name__}: {error}")
                     del kernels[name]
@@ -192,6 +201,11 @@ class Problem:
         fastest_first = [dict(sorted(of_kind.items(), key=lambda item: item[1])) for of_kind in times.values()]
         dtype = str(call.dtype).removeprefix("torch.")
         return Line(call.architecture, dtype, call.documents, call.head_dim, call.group, call.time, *fastest_first)
+
+
+def _untimed(run: Callable[[], object]) -> float:
+    run()
+    return 0.0
 
 
 def milliseconds(run: Callable[[], object]) -> float:

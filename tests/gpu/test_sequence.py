@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import moda
-from moda import reference, sequence
+from moda import reference, sequence, tuning
+from moda.sequence import order
 from moda.sequence_kernels import MENU, Call
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 5e-3}  # relative norms; twice that for gradients
@@ -174,3 +175,16 @@ def test_a_call_without_a_synchronisation():
                 sequence.backward(case.do, case.q, case.k, case.v, o, lse, case.scale, cu_seqlens)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
+
+
+def test_tuning_gives_a_table_that_choices_are_made_by(tmp_path):
+    table = tuning.tune("cuda", head_dims=(64,), groups=(2,), times=(512,))
+    tuning.write_table(table, tmp_path / "table.json")
+    lines = sequence.read_table(tmp_path / "table.json")
+    assert [entry.documents for entry in lines] == [False, True]
+    case = Case(1, 512, 2, 64)
+    usable = {name for name, kernel in MENU.items() if case.unusable(kernel) is None}
+    assert set(lines[0].forward) == set(lines[0].backward) == usable
+    for kind in ("forward", "backward"):
+        times = getattr(lines[0], kind)
+        assert order(Call.of(case.q, case.k, None), kind, lines)[0] == min(times, key=times.get)
