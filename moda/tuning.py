@@ -143,6 +143,30 @@ def _measure_shapes(device: str, head_dim: int, group: int, times: tuple[int, ..
     return lines, failures
 
 
+def _untimed(run: Callable[[], object]) -> float:
+    run()
+    torch.cuda.synchronize()
+    return 0.0
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median time of a call on the GPU, after one call to warm up, over 3 to 9 calls."""
+    run()
+    first = _timed(run, 1)[0]
+    return median(_timed(run, int(min(9, max(3, 1000 * BUDGET / first)))))
+
+
+def _timed(run: Callable[[], object], repeats: int) -> list[float]:
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda._sleep(PAUSE)
+    for begin, end in events:
+        begin.record()
+        run()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
 class Problem:
     """Inputs of one shape, of a fixed seed, for the forward and the backward of any kernel."""
 
@@ -179,13 +203,9 @@ class Problem:
         self,
         kernels: dict[str, SequenceKernel],
         failures: list[str],
-        clock: Callable[[Callable[[], object]], float] | None = None,
+        clock: Callable[[Callable[[], object]], float] = milliseconds,
     ) -> Line:
-        """Times of those kernels that can take this problem, fastest first. What fails is told, and removed.
-
-        `clock` gives the time of a call, `milliseconds` when None.
-        """
-        clock = clock or milliseconds
+        """Times of those kernels that can take this problem, fastest first. What fails is told, and removed."""
         call = self.call()
         times: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
         for name, kernel in list(kernels.items()):
@@ -201,26 +221,3 @@ class Problem:
         fastest_first = [dict(sorted(of_kind.items(), key=lambda item: item[1])) for of_kind in times.values()]
         dtype = str(call.dtype).removeprefix("torch.")
         return Line(call.architecture, dtype, call.documents, call.head_dim, call.group, call.time, *fastest_first)
-
-
-def _untimed(run: Callable[[], object]) -> float:
-    run()
-    return 0.0
-
-
-def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call on the GPU, after one call to warm up, over 3 to 9 calls."""
-    run()
-    first = _timed(run, 1)[0]
-    return median(_timed(run, int(min(9, max(3, 1000 * BUDGET / first)))))
-
-
-def _timed(run: Callable[[], object], repeats: int) -> list[float]:
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-    torch.cuda._sleep(PAUSE)
-    for begin, end in events:
-        begin.record()
-        run()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
