@@ -90,9 +90,10 @@ def test_every_kernel_equals_the_reference(name, group, head_dim, time):
 
 
 @pytest.mark.parametrize("name", MENU)
-def test_every_kernel_takes_fp16_and_small_heads(name):
+def test_every_kernel_takes_fp16_small_heads_and_odd_groups(name):
     check(name, Case(2, 256, 2, 64, torch.float16))
     check(name, Case(2, 256, 2, 32))
+    check(name, Case(2, 256, 3, 64))
 
 
 DOCUMENTS = {
