@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 
-from moda import reference, sequence, sequence_kernels, tuning
+from moda import packages, reference, sequence, sequence_kernels, tuning
 from moda.sequence import Line, first_usable, order, read_table
 from moda.sequence_kernels import MENU, Call, FlashAttention2, FlashAttention4, SequenceKernel
 
@@ -39,8 +39,8 @@ def forget_choices():
 
     def forget():
         sequence._choice.cache_clear()
-        sequence_kernels._loaded.cache_clear()
-        sequence_kernels._function.cache_clear()
+        packages._loaded.cache_clear()
+        packages._function.cache_clear()
         for name in [name for name in sys.modules if name.split(".")[0] == "flash_attn"]:
             del sys.modules[name]
 
@@ -166,7 +166,7 @@ def test_an_old_or_absent_cudnn_is_a_reason(monkeypatch):
 
 def test_packages_that_are_not_there_are_passed_over(monkeypatch, forget_choices):
     monkeypatch.setattr(sequence_kernels, "_without_cudnn", lambda: None)
-    monkeypatch.setattr(sequence_kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None)
     kernel, reason = first_usable(CALL, ["flash_attn_4", "flash_attn_2", "cudnn", "flash"], MENU)
     assert kernel is MENU["cudnn"]
     assert reason is None
