@@ -1,0 +1,98 @@
+"""The fused backend: one Triton kernel over the sequence and the slots, wherever Triton runs, document masks included.
+
+In and out as in `moda.reference`, whose mathematics this is. Forward, the first range of slots and the sequence share
+one online softmax in one kernel; further ranges, which only a bounded stream has, are carried on over in place.
+Backward, the sequence part has kernels of its own, and the slots those of `moda.kernels.depth`. Every gradient is
+summed in a fixed order: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moda import kernels
+from moda.joined import pull
+from moda.reference import Slots
+
+__all__ = ["joint_backward", "joint_forward", "pull", "reader_backward", "unusable"]
+
+MAX_GROUP = 128  # query heads a kv head: the rows of one tile
+
+
+def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
+    """Why this backend cannot take a call, None when it can."""
+    dtypes = (torch.float32,) if kernels.INTERPRETED else (torch.bfloat16, torch.float16, torch.float32)
+    if not kernels.available(q.device):
+        return "it needs Triton and a CUDA device, Ampere or later"
+    if q.dtype not in dtypes:
+        return f"it needs {', '.join(str(dtype) for dtype in dtypes)}, not {q.dtype}"
+    if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
+        return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
+    if q.shape[2] > MAX_GROUP * k.shape[2]:
+        return f"it takes up to {MAX_GROUP} query heads a kv head, not {q.shape[2] // k.shape[2]}"
+    if cu_seqlens is not None and q.shape[1] != k.shape[1]:
+        return "it has no document masks for queries that are fewer than the keys"
+    return None
+
+
+def joint_forward(
+    q: Tensor, k: Tensor, v: Tensor, slots: Slots, scale: float, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Output [batch, time, query_heads, head_dim] and lse [batch, time, query_heads] (fp32, a transposed view)."""
+    from moda.kernels import depth, fused
+
+    o, lse = fused.joint_forward(q, k, v, slots[0] if slots else None, scale, cu_seqlens)
+    for keys, values in slots[1:]:
+        depth.depth_forward(q.contiguous(), keys, values, o, lse, scale)
+    return o, lse
+
+
+def joint_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Slots,
+    scale: float,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Slots]:
+    """dq, dk, dv, and the gradients of each range of slots that this one reader gives."""
+    from moda.kernels import depth, fused
+
+    do = do.contiguous()
+    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
+    gradients = []
+    for keys, values in slots:
+        d_keys, d_values = torch.empty_like(keys), torch.empty_like(values)
+        depth.depth_backward_query(do, q.contiguous(), keys, values, lse, delta, dq, scale, dk=d_keys, dv=d_values)
+        gradients.append((d_keys, d_values))
+    return dq, dk, dv, gradients
+
+
+def reader_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    slots: Slots,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    left: tuple[Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; q, do, lse and delta go to `left` in the pass that reads them, for the slots to be pulled."""
+    from moda.kernels import depth, fused
+
+    left_q, left_do, left_lse, left_delta = left
+    do = do.contiguous()
+    dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, left_delta, scale, cu_seqlens)
+    copies = {"reader_q": left_q, "reader_do": left_do, "reader_lse": left_lse}
+    for keys, values in slots:
+        depth.depth_backward_query(do, q.contiguous(), keys, values, lse, left_delta, dq, scale, **copies)
+        copies = {}
+    return dq, dk, dv

@@ -1,0 +1,265 @@
+"""Triton kernel of the fused forward: a tile of queries over its slots and its sequence, in one online softmax.
+
+A *row* is one query head of one token. The G query heads that share a kv head are rows of one tile: row R of a kv head
+is head R % G of token R // G, so that what is loaded of keys and values, of the sequence or of slots, serves all of
+them. A tile goes through its slots first, in plain arithmetic (one key of its own a row: nothing for a tensor core),
+and from that state through the keys of its sequence, in products. Padded head_dim (DP for D) is masked.
+
+Scores are kept times log2(e), for exp2: m is their running maximum, `total` the running sum, acc the running output.
+"""
+
+import triton
+import triton.language as tl
+
+from moda.kernels.depth_query import LN2, LOG2E
+
+LOWEST = tl.constexpr(-3.0e38)  # a maximum over nothing; finite, so that its difference to itself is not NaN
+
+
+@triton.jit
+def split_rows(first, i, G: tl.constexpr, ALIGNED: tl.constexpr):
+    """Token, counted from that of row `first`, and head within the group, of the rows first + i.
+
+    ALIGNED: `first` is a multiple of G, and what depends on i alone can leave a loop over `first`.
+    """
+    r = i if ALIGNED else first % G + i
+    return r // G, r % G
+
+
+@triton.jit
+def key_ranges(starts, first, last, offset, BLOCK_N: tl.constexpr, DOCUMENTS: tl.constexpr):
+    """Keys that a tile of the tokens first..last sees, as ends of ranges of blocks: lo (masked) whole (masked) hi.
+
+    Between `whole` and `diagonal` every key is seen by every query.
+    """
+    diagonal = (offset + first + 1) // BLOCK_N * BLOCK_N
+    if DOCUMENTS:
+        lo = tl.load(starts + first) // BLOCK_N * BLOCK_N
+        whole = tl.minimum(tl.cdiv(tl.load(starts + last), BLOCK_N) * BLOCK_N, diagonal)
+    else:
+        lo = 0
+        whole = 0
+    return lo, whole, diagonal, offset + last + 1
+
+
+@triton.jit
+def attend_slots(
+    q,  # at the first token of the tile
+    keys,  # at the first token of the tile in slot 0
+    values,
+    first,
+    tokens,  # of the sequence, from the first of the tile on
+    slots,
+    slot_stride,
+    token_stride,
+    q_time_stride,
+    q_head_stride,
+    scale,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """State of the softmax, acc [BLOCK_M, DP], m and total [BLOCK_M], after all slots.
+
+    SHARE heads of a token, a power of two that divides G, read a key together. They are the first axis, so that a
+    thread holds all the queries of what it has loaded of a key.
+    """
+    UNITS: tl.constexpr = BLOCK_M // SHARE
+    u, d = tl.arange(0, UNITS), tl.arange(0, DP)
+    token, head = split_rows(first, u * SHARE, G, ALIGNED)
+    in_kv = (token < tokens)[:, None] & (d < D)[None, :]
+    at_kv = token[:, None] * token_stride + d[None, :]
+    heads = head[None, :] + tl.arange(0, SHARE)[:, None]
+    at_q = (token[None, :] * q_time_stride + heads * q_head_stride)[:, :, None] + d[None, None, :]
+    queries = tl.load(q + at_q, mask=in_kv[None, :, :], other=0.0).to(tl.float32) * scale
+    acc = tl.zeros([SHARE, UNITS, DP], tl.float32)
+    m = tl.full([SHARE, UNITS], LOWEST, tl.float32)
+    total = tl.zeros([SHARE, UNITS], tl.float32)
+    for _ in tl.range(0, slots, num_stages=STAGES):
+        key = tl.load(keys + at_kv, mask=in_kv, other=0.0).to(tl.float32)
+        value = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
+        s = tl.sum(queries * key[None, :, :], 2)
+        m_next = tl.maximum(m, s)
+        shrink = tl.exp2(m - m_next)
+        p = tl.exp2(s - m_next)
+        total = total * shrink + p
+        acc = acc * shrink[:, :, None] + p[:, :, None] * value[None, :, :]
+        m = m_next
+        keys += slot_stride
+        values += slot_stride
+    acc = tl.reshape(tl.permute(acc, (1, 0, 2)), [BLOCK_M, DP])
+    return acc, tl.reshape(tl.trans(m), [BLOCK_M]), tl.reshape(tl.trans(total), [BLOCK_M])
+
+
+@triton.jit
+def attend_keys(
+    acc,
+    m,
+    total,
+    queries,
+    k,  # at key 0
+    v,
+    lo,
+    hi,
+    position,  # of the queries
+    start,  # of their documents
+    key_time,
+    k_time_stride,
+    v_time_stride,
+    scale,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+):
+    """Carry the state on over the keys lo..hi-1, in blocks."""
+    j, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
+    at_k = j[:, None] * k_time_stride + d[None, :]
+    at_v = j[:, None] * v_time_stride + d[None, :]
+    k += tl.cast(lo, tl.int64) * k_time_stride
+    v += tl.cast(lo, tl.int64) * v_time_stride
+    for n in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        if MASKED:
+            in_kv = (j < key_time - n)[:, None] & (d < D)[None, :]
+            key = tl.load(k + at_k, mask=in_kv, other=0.0)
+            value = tl.load(v + at_v, mask=in_kv, other=0.0)
+        elif D == DP:
+            key = tl.load(k + at_k)
+            value = tl.load(v + at_v)
+        else:
+            key = tl.load(k + at_k, mask=(d < D)[None, :], other=0.0)
+            value = tl.load(v + at_v, mask=(d < D)[None, :], other=0.0)
+        s = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        if MASKED:
+            seen = (n + j)[None, :] <= position[:, None]
+            if DOCUMENTS:
+                seen = seen & ((n + j)[None, :] >= start[:, None])
+            s = tl.where(seen, s * scale, float("-inf"))
+            m_next = tl.maximum(m, tl.max(s, 1))
+            p = tl.exp2(s - m_next[:, None])
+        else:  # a positive scale can wait, and be part of a fused multiply-add
+            m_next = tl.maximum(m, tl.max(s, 1) * scale)
+            p = tl.exp2(s * scale - m_next[:, None])
+        shrink = tl.exp2(m - m_next)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        m = m_next
+        k += BLOCK_N * k_time_stride
+        v += BLOCK_N * v_time_stride
+    return acc, m, total
+
+
+@triton.jit(do_not_specialize=["slots", "time", "key_time"])
+def forward(
+    q,  # [batch, time, kv_heads * G, D], any strides
+    k,  # [batch, key_time, kv_heads, D], any strides
+    v,
+    keys,  # [slots, batch, time, kv_heads, D], one slot `slot_stride` apart, if DEPTH
+    values,
+    starts,  # [batch, key_time], where a token's document starts in its row, if DOCUMENTS
+    o,  # [batch, time, kv_heads * G, D], out
+    lse,  # [batch, kv_heads * G, time], out
+    pairs,  # batch * kv_heads
+    kv_heads,
+    time,
+    key_time,
+    slots,
+    slot_stride,
+    q_batch_stride,
+    q_time_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_time_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_time_stride,
+    v_head_stride,
+    scale,  # not negative
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SLOT_STAGES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+):
+    ALIGNED: tl.constexpr = BLOCK_M % G == 0
+    # The last tiles of all heads, the longest ones, come first: short ones fill the gaps at the end.
+    pair = tl.program_id(0) % pairs
+    first = (tl.num_programs(0) // pairs - 1 - tl.program_id(0) // pairs) * BLOCK_M
+    batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
+    first_token = first // G
+    offset = key_time - time
+    i, d = tl.arange(0, BLOCK_M), tl.arange(0, DP)
+    token, head = split_rows(first, i, G, ALIGNED)
+    in_tile = first_token + token < time
+    in_q = in_tile[:, None] & (d < D)[None, :]
+    q += batch * q_batch_stride + first_token.to(tl.int64) * q_time_stride + kv_head * G * q_head_stride
+    k += batch * k_batch_stride + kv_head * k_head_stride
+    v += batch * v_batch_stride + kv_head * v_head_stride
+    scale *= LOG2E
+
+    if DEPTH:
+        at_slot = ((batch * time + first_token) * kv_heads + kv_head) * D
+        acc, m, total = attend_slots(
+            q,
+            keys + at_slot,
+            values + at_slot,
+            first,
+            time - first_token,
+            slots,
+            slot_stride,
+            kv_heads * D,
+            q_time_stride,
+            q_head_stride,
+            scale,
+            G,
+            D,
+            DP,
+            SHARE,
+            BLOCK_M,
+            ALIGNED,
+            SLOT_STAGES,
+        )
+    else:
+        acc = tl.zeros([BLOCK_M, DP], tl.float32)
+        m = tl.full([BLOCK_M], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+
+    at_q = (token * q_time_stride + head * q_head_stride)[:, None] + d[None, :]
+    queries = tl.load(q + at_q, mask=in_q, other=0.0)
+    position = offset + first_token + token
+    start = position
+    if DOCUMENTS:
+        starts += batch * key_time
+        start = tl.load(starts + position, mask=in_tile, other=0)
+    last_token = tl.minimum((first + BLOCK_M - 1) // G, time - 1)
+    lo, whole, diagonal, hi = key_ranges(starts, first_token, last_token, offset, BLOCK_N, DOCUMENTS)
+    if DOCUMENTS:
+        acc, m, total = attend_keys(
+            acc, m, total, queries, k, v, lo, whole, position, start, key_time, k_time_stride, v_time_stride, scale,
+            D, DP, BLOCK_N, STAGES, True, True,
+        )  # fmt: skip
+    acc, m, total = attend_keys(
+        acc, m, total, queries, k, v, whole, diagonal, position, start, key_time, k_time_stride, v_time_stride, scale,
+        D, DP, BLOCK_N, STAGES, False, DOCUMENTS,
+    )  # fmt: skip
+    acc, m, total = attend_keys(
+        acc, m, total, queries, k, v, diagonal, hi, position, start, key_time, k_time_stride, v_time_stride, scale,
+        D, DP, BLOCK_N, STAGES, True, DOCUMENTS,
+    )  # fmt: skip
+
+    o += ((batch * time + first_token) * kv_heads + kv_head) * (G * D)
+    at_o = (token * (kv_heads * G * D) + head * D)[:, None] + d[None, :]
+    tl.store(o + at_o, (acc / total[:, None]).to(o.dtype.element_ty), mask=in_q)
+    lse += (batch * kv_heads + kv_head) * G * time + first_token
+    tl.store(lse + head * time + token, (m + tl.log2(total)) * LN2, mask=in_tile)
