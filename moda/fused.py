@@ -13,9 +13,10 @@ from torch import Tensor
 
 from moda import kernels
 from moda.joined import pull
+from moda.readers import Readers
 from moda.reference import Slots
 
-__all__ = ["joint_backward", "joint_forward", "pull", "reader_backward", "unusable"]
+__all__ = ["explain", "joint_backward", "joint_forward", "pull", "reader_backward", "unusable"]
 
 MAX_GROUP = 128  # query heads a kv head: the rows of one tile
 
@@ -34,6 +35,11 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
         return "it has no document masks for queries that are fewer than the keys"
     return None
+
+
+def explain(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str:
+    """What runs."""
+    return "Triton over sequence and slots in one kernel"
 
 
 def joint_forward(
@@ -65,10 +71,11 @@ def joint_backward(
     do = do.contiguous()
     delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
     dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
+    q = q.contiguous()
     gradients = []
     for keys, values in slots:
         d_keys, d_values = torch.empty_like(keys), torch.empty_like(values)
-        depth.depth_backward_query(do, q.contiguous(), keys, values, lse, delta, dq, scale, dk=d_keys, dv=d_values)
+        depth.depth_backward_query(do, q, keys, values, lse, delta, dq, scale, dk=d_keys, dv=d_values)
         gradients.append((d_keys, d_values))
     return dq, dk, dv, gradients
 
@@ -83,16 +90,18 @@ def reader_backward(
     slots: Slots,
     scale: float,
     cu_seqlens: Tensor | None,
-    left: tuple[Tensor, Tensor, Tensor, Tensor],
+    readers: Readers,
+    layer: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; q, do, lse and delta go to `left` in the pass that reads them, for the slots to be pulled."""
+    """dq, dk, dv; what the slots pull later is left to `readers`."""
     from moda.kernels import depth, fused
 
-    left_q, left_do, left_lse, left_delta = left
-    do = do.contiguous()
-    dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, left_delta, scale, cu_seqlens)
-    copies = {"reader_q": left_q, "reader_do": left_do, "reader_lse": left_lse}
+    do, delta = do.contiguous(), readers.delta[layer]
+    dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
+    q = q.contiguous()
+    readers.keep(layer, q, do)
+    leave = {"address": readers.addresses[layer], "reader_lse": readers.lse[layer]}
     for keys, values in slots:
-        depth.depth_backward_query(do, q.contiguous(), keys, values, lse, left_delta, dq, scale, **copies)
-        copies = {}
+        depth.depth_backward_query(do, q, keys, values, lse, delta, dq, scale, **leave)
+        leave = {}
     return dq, dk, dv

@@ -148,7 +148,7 @@ def sequence_backward(
     time, query_heads].
     """
     group, (q, k, v) = _check(q, k, v, cu_seqlens)
-    batch, time, query_heads, head_dim = q.shape
+    batch, time, _, head_dim = q.shape
     key_time, kv_heads = k.shape[1:3]
     for tensor in (do, o):
         assert tensor.shape == q.shape

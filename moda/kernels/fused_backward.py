@@ -265,12 +265,10 @@ def backward_keys(
     place = first + j - offset
     end = place
     lo = tl.maximum(first - offset, 0)
-    partial = time
     hi = time
     if DOCUMENTS:
         ends += batch * key_time + first
         end = tl.load(ends + j, mask=in_block, other=0)
-        partial = tl.load(ends)
         hi = tl.load(ends + tl.minimum(BLOCK_N, key_time - first) - 1)
     # Ranges of rows start at whole tiles from the row of lo on, so that no row is in two of them.
     lo *= G
@@ -283,10 +281,7 @@ def backward_keys(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, lo, tl.minimum(whole, hi), place, end, time, q_time_stride,
         q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS,
     )  # fmt: skip
-    if DOCUMENTS:
-        partial = whole + tl.maximum(partial * G - whole, 0) // BLOCK_M * BLOCK_M
-    else:
-        partial = hi
+    partial = whole + tl.maximum(tl.load(ends) * G - whole, 0) // BLOCK_M * BLOCK_M if DOCUMENTS else hi
     dk_sum, dv_sum = key_gradients(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, whole, partial, place, end, time, q_time_stride,
         q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, False, DOCUMENTS,
