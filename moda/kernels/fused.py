@@ -43,10 +43,7 @@ HALF: dict[str, list[tuple[int, Tiles]]] = {
 }
 # fp32 has no tensor-core product of full precision: products are plain arithmetic on small tiles.
 FULL: dict[str, list[tuple[int, Tiles]]] = {
-    "forward": [(128, Tiles(64, 32, 4, 1, 1))],
-    "depth": [(128, Tiles(64, 32, 4, 1, 1))],
-    "query": [(128, Tiles(32, 32, 4, 1))],
-    "keys": [(128, Tiles(32, 32, 4, 1))],
+    kernel: [(128, Tiles(32, 32, 8, 1, 1))] for kernel in ("forward", "depth", "query", "keys")
 }
 
 

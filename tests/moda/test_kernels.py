@@ -1,19 +1,13 @@
-"""The depth kernels in Triton's interpreter, in fp32, against `moda.reference` in float64.
-
-Triton decides on import whether kernels are interpreted. So that no other test sees interpreted kernels, each of the
-tests runs in a pytest of its own, on this file with TRITON_INTERPRET=1, where the last part of it becomes visible.
-"""
+"""The depth kernels in Triton's interpreter, in fp32, against `moda.reference` in float64."""
 
 import importlib.util
 import inspect
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from moda import kernels
+from tests.moda.interpreter import run_interpreted
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
@@ -23,22 +17,7 @@ if not kernels.INTERPRETED:
     @pytest.mark.slow
     @pytest.mark.parametrize("part", ["forward", "query", "slots", "same_bits or available or registered"])
     def test_in_the_interpreter(part):
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:xdist",
-            "-p",
-            "no:cacheprovider",
-            "-x",
-            __file__,
-            "-k",
-            part,
-        ]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-8000:]
+        run_interpreted(__file__, part)
 
     def test_a_cpu_is_not_available_without_the_interpreter():
         assert not kernels.available("cpu")
