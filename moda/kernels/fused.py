@@ -19,8 +19,7 @@ import triton
 from torch import Tensor
 
 from moda.kernels import fused_backward, fused_forward
-
-MAX_GROUP = 128
+from moda.kernels.depth import MAX_GROUP
 
 
 class Tiles(NamedTuple):
