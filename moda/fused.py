@@ -18,8 +18,6 @@ from moda.reference import Slots
 
 __all__ = ["explain", "joint_backward", "joint_forward", "pull", "reader_backward", "unusable"]
 
-MAX_GROUP = 128  # query heads a kv head: the rows of one tile
-
 
 def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
     """Why this backend cannot take a call, None when it can."""
@@ -30,6 +28,8 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
         return f"it needs {', '.join(str(dtype) for dtype in dtypes)}, not {q.dtype}"
     if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
         return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
+    from moda.kernels.depth import MAX_GROUP
+
     if q.shape[2] > MAX_GROUP * k.shape[2]:
         return f"it takes up to {MAX_GROUP} query heads a kv head, not {q.shape[2] // k.shape[2]}"
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:

@@ -7,8 +7,6 @@ lse, returns the exact gradients of its part. Which sequence kernels do a call i
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -25,7 +23,7 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
         return f"it needs bf16 or fp16, not {q.dtype}"
     if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
         return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
-    if not _depth_kernels(q.device):
+    if not kernels.available(q.device):
         return "Triton is not installed, or the device is older than Ampere"
     return sequence.unusable(q, k, cu_seqlens)
 
@@ -117,8 +115,3 @@ def pull(
         readers.addresses, readers.lse, readers.delta, layers.start, layers.stop, k, v, dk, dv, scale, **given
     )
     return dk, dv
-
-
-@cache
-def _depth_kernels(device: torch.device) -> bool:
-    return kernels.available(device)

@@ -1,10 +1,12 @@
 """Triton kernels of the package; importing it needs neither Triton nor a GPU.
 
-`available` says whether the kernels can run on a device. The kernels themselves are in `moda.kernels.depth`.
+`available` says whether the kernels can run on a device. `moda.kernels.depth` has those of the depth part,
+`moda.kernels.fused` those of the sequence and, forward, of both at once.
 """
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 
@@ -12,6 +14,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
+@cache
 def available(device: torch.device | str) -> bool:
     """Whether Triton is installed and runs kernels on tensors of `device`.
 

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from moda import fused, kernels
 from tests.moda.fused_cases import DOCUMENTS, EXTREMES, SHAPES, Call
 
-# Relative norms: the rounding of outputs and, in low precision, of p and ds as operands of products. dq is rounded
-# twice where there are slots: after the sequence and after them.
+# Relative norms: rounding of outputs and, in low precision, of p and ds as operands of products. dq is rounded twice
+# where there are slots: after the sequence and after them.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 7e-3}
 LARGE = [(1, 1000, 2, 2, 64, 72), (2, 777, 1, 8, 128, 33), (1, 515, 2, 3, 64, 256), (4, 127, 2, 32, 32, 7)]
 
