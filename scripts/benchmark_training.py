@@ -123,10 +123,16 @@ def _process(
     result = folder / "result.json"
     folder.mkdir()
     overrides = [*QUIET, f"data.path={options.data}", f"run.dir={folder / 'run'}", *row.arguments, *options.set]
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)] if row.gpus > 1 else []
-    )
-    command = [sys.executable, *launcher, str(Path(__file__).resolve()), "--worker", str(result)]
+    if options.profile and steps > 2:
+        overrides.append(f"logging.profile.steps=[{steps - 1}]")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)]
+    command = [
+        sys.executable,
+        *(torchrun if row.gpus > 1 else []),
+        str(Path(__file__).resolve()),
+        "--worker",
+        str(result),
+    ]
     command += ["--steps", str(steps), "--started", str(time.time()), *(f"--set={override}" for override in overrides)]
     try:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)

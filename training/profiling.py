@@ -1,8 +1,8 @@
 """A look inside chosen steps: a trace of the operations and kernels of a step, the history of the device's memory.
 
-In: the number of steps done, after each. Out: in the folder `profile` of the run directory, `step-N-rank-R.json.gz` (for
-ui.perfetto.dev and scripts/profile_report.py) and `memory-N-rank-R.pickle` (for pytorch.org/memory_viz). A profiled step
-is slower; the others are left alone.
+In: the number of steps done, after each. Out: in the folder `profile` of the run directory, `step-N-rank-R.json.gz`
+(for ui.perfetto.dev and scripts/profile_report.py) and `memory-N-rank-R.pickle` (for pytorch.org/memory_viz). A
+profiled step is slower; the others are left alone.
 """
 
 from __future__ import annotations

@@ -122,13 +122,9 @@ def draw(profiles: dict[str, Profile], path: Path) -> None:
             color = "#e8e8e8" if word == "idle" else COLORS[index % len(COLORS)]
             hatch = "//" if word != "idle" and index >= len(COLORS) else None
             bars = axes.barh(list(profiles), widths, left=list(left.values()), color=color, hatch=hatch, label=word)
-            labels = [
-                f"{width:.0f}" if width > 0.02 * profile.span else ""
-                for width, profile in zip(widths, profiles.values(), strict=True)
-            ]
-            axes.bar_label(
-                bars, labels, label_type="center", fontsize=8, color="#222222" if word == "idle" else "white"
-            )
+            labels = [f"{width:.0f}" if width > narrow else "" for width in widths]
+            ink = "#222222" if word == "idle" else "white"
+            axes.bar_label(bars, labels, label_type="center", fontsize=8, color=ink)
             left = {name: left[name] + width for name, width in zip(profiles, widths, strict=True)}
         axes.invert_yaxis()
         axes.set_xlabel("ms of device time in one step")
