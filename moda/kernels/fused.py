@@ -33,13 +33,13 @@ class Tiles(NamedTuple):
 
 
 # By kernel, the first line that fits: largest head_dim (padded to a power of two), tiles. "forward" is over the
-# sequence alone, "depth" over slots too, "query" and "keys" are the two kernels of the backward. The tiles of "forward"
-# and "depth" are the fastest of those timed on an H200 for groups 2 and 8 at 4096 and 16384 tokens.
+# sequence alone, "depth" over slots too, "query" and "keys" are the two kernels of the backward. They are the fastest
+# of those timed on an H200 for groups 2 and 8 at 4096 and 16384 tokens.
 HALF: dict[str, list[tuple[int, Tiles]]] = {
     "forward": [(64, Tiles(128, 64, 8, 3)), (128, Tiles(64, 64, 4, 3))],
     "depth": [(128, Tiles(64, 64, 4, 3))],
-    "query": [(64, Tiles(128, 64, 8, 3)), (128, Tiles(128, 64, 8, 2))],
-    "keys": [(64, Tiles(64, 128, 8, 3)), (128, Tiles(64, 128, 8, 2))],
+    "query": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(128, 64, 8, 3))],
+    "keys": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(32, 64, 4, 3))],
 }
 # fp32 has no tensor-core product of full precision: products are plain arithmetic on small tiles.
 FULL: dict[str, list[tuple[int, Tiles]]] = {
