@@ -39,7 +39,7 @@ HALF: dict[str, list[tuple[int, Tiles]]] = {
     "forward": [(64, Tiles(128, 64, 8, 3)), (128, Tiles(64, 64, 4, 3))],
     "depth": [(128, Tiles(64, 64, 4, 3))],
     "query": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(128, 64, 8, 3))],
-    "keys": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(32, 64, 4, 3))],
+    "keys": [(64, Tiles(128, 64, 4, 2)), (128, Tiles(32, 64, 4, 3))],
 }
 # fp32 has no tensor-core product of full precision: products are plain arithmetic on small tiles.
 FULL: dict[str, list[tuple[int, Tiles]]] = {
