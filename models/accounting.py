@@ -7,13 +7,15 @@ as the paper prints and as MFU is usually reported; *causal*, over the pairs tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 
 import moda
+from moda.readers import BLOCK_LAYERS
 from models.config import ModelConfig
+from models.cross_entropy import chunk_tokens
 from models.decoder import Decoder
 from models.parallelize import prepare_blocks
 
@@ -122,17 +124,39 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank."""
+    """Bytes on one rank, item by item; `moments` adds up what exists at the same time."""
 
     weights: int  # fp32 master weights, sharded
     gradients: int  # fp32, sharded
     optimizer: int  # two fp32 moments, sharded
-    activations: int  # what autograd and the depth stream keep of one micro-batch
+    accumulated: int  # fp32 sums of gradients over micro-batches, not sharded; 0 with one micro-batch a step
+    gathered: int  # weights in the compute dtype: of the root, and of the blocks that are gathered at a time
+    activations: int  # what autograd and the depth stream keep of one micro-batch at the end of its forward
+    readers: int  # what layers have left for the slots below them at the end of backward
+    loss: int  # logits of a chunk
+    block: int  # of the backward of one block: activations computed again, gradients of activations and weights
+    output: int  # gradient of the embedding and the output matrix, in the compute dtype and on its way to being reduced
+
+    @property
+    def moments(self) -> dict[str, int]:
+        """What is held at the moments of a step where the peak can be."""
+        lasting = self.weights + self.optimizer + self.accumulated
+        return {
+            "loss": lasting + self.gathered + self.activations + self.loss,
+            "begin of backward": lasting + self.gathered + self.activations + self.block,
+            "end of backward": lasting + self.gathered + self.gradients + self.readers + self.block + self.output,
+            "optimizer step": lasting + self.gradients,
+        }
+
+    @property
+    def peak(self) -> str:
+        """The moment at which most is held."""
+        return max(self.moments, key=self.moments.__getitem__)
 
     @property
     def total(self) -> int:
-        """All of it; transient buffers (gathered weights, scores, logits' gradient) come on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        """What is held at the peak. The allocator reserves some percent more, and the CUDA context is not counted."""
+        return self.moments[self.peak]
 
 
 def memory(
@@ -141,17 +165,81 @@ def memory(
     sequence_length: int,
     *,
     world_size: int = 1,
+    replicate: int = 1,
     compute_dtype: torch.dtype = torch.bfloat16,
     activation_checkpointing: str = "none",
     compiled: bool = False,
+    reshard_after_forward: bool = True,
+    accumulates: bool = False,
 ) -> Memory:
-    """Bytes that training holds on a rank: weights, and what a forward pass on the meta device leaves for backward."""
+    """Bytes that training needs on a rank, by passes through two and three layers on the meta device.
+
+    Args:
+        micro_batch_size, sequence_length: shape of what a rank computes at a time.
+        world_size, replicate: ranks, and copies of the sharded model among them.
+        compute_dtype: of activations and gathered weights.
+        activation_checkpointing, compiled: how blocks are prepared (`models.parallelize`). What compiled regions keep
+            is what PyTorch's partitioner chooses for them.
+        reshard_after_forward: as in `models.parallelize`.
+        accumulates: whether an optimizer step has several micro-batches.
+    """
     with torch.device("meta"):
         model = Decoder(config)
-    shard = -(-sum(p.numel() for p in model.parameters()) // world_size) * 4
-    model.to(compute_dtype)
+    tokens, width = micro_batch_size * sequence_length, compute_dtype.itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    block_parameters = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    root_parameters = parameters - sum(p.numel() for p in model.blocks.parameters())
+    shard = -(-parameters * replicate // world_size) * 4
+
+    def kept(num_layers: int, checkpointing: str) -> int:
+        shape = replace(config, num_layers=num_layers)
+        return _kept(shape, micro_batch_size, sequence_length, compute_dtype, checkpointing, compiled)
+
+    def of_layers(checkpointing: str) -> tuple[int, int]:  # of all layers, and of one
+        if config.num_layers <= 3:
+            total = kept(config.num_layers, checkpointing)
+            return total, total // config.num_layers
+        two, three = kept(2, checkpointing), kept(3, checkpointing)
+        return two + (config.num_layers - 2) * (three - two), three - two
+
+    activations, of_one = of_layers(activation_checkpointing)
+    recomputed = 0 if activation_checkpointing == "none" else of_layers("none")[1] - of_one
+    kv = tokens * config.num_kv_heads * config.head_dim
+    # At the end of backward every layer has left q, do, lse and delta for the slots below it.
+    reader = tokens * config.num_heads * (2 * config.head_dim * width + 8) if config.depth_kv else 0
+    # Gradients of gate, up and their product, and of three tensors of the residual stream; of the block's weights, and
+    # again in fp32 to be reduced; the blocked pull's partial sums.
+    block = tokens * (3 * config.intermediate_size + 3 * config.hidden_size) * width
+    block += block_parameters * (width + 4) + 2 * BLOCK_LAYERS * config.slots_per_layer * kv * 4
+    at_a_time = 2 * block_parameters if reshard_after_forward else parameters - root_parameters
+    return Memory(
+        weights=shard,
+        gradients=shard,
+        optimizer=2 * shard,
+        accumulated=4 * parameters if accumulates else 0,
+        gathered=(root_parameters + at_a_time) * width,
+        activations=activations,
+        readers=config.num_layers * reader,
+        loss=chunk_tokens(tokens, config.padded_vocab_size, compute_dtype) * config.padded_vocab_size * width,
+        block=block + recomputed,
+        output=root_parameters * (width + 4),
+    )
+
+
+def _kept(
+    config: ModelConfig,
+    micro_batch_size: int,
+    sequence_length: int,
+    compute_dtype: torch.dtype,
+    activation_checkpointing: str,
+    compiled: bool,
+) -> int:
+    """Bytes that a forward pass leaves for backward, weights left out: a real one, on the meta device."""
+    with torch.device("meta"):
+        model = Decoder(config).to(compute_dtype)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
+    alive: list[torch.UntypedStorage] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -160,20 +248,15 @@ def memory(
             alive.append(storage)  # so that no other storage takes its address
         return tensor
 
-    alive: list[torch.UntypedStorage] = []
     prepare_blocks(model, activation_checkpointing, "aot_eager_decomp_partition" if compiled else None)
     ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, ids)
     if config.depth_kv and activation_checkpointing == "full":
         # Checkpointing drops what blocks save; the stream's slots are not part of that and stay.
-        tokens = micro_batch_size * sequence_length
-        slot = tokens * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
+        slot = micro_batch_size * sequence_length * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
         kept[-1] = 2 * config.num_layers * config.slots_per_layer * slot
-        # At the end of backward every layer has left q, do, lse and delta for the slots below it.
-        row = 2 * config.head_dim * compute_dtype.itemsize + 2 * torch.float32.itemsize
-        kept[-2] = config.num_layers * tokens * config.num_heads * row
-    return Memory(shard, shard, 2 * shard, sum(kept.values()))
+    return sum(kept.values())
 
 
 def describe(config: ModelConfig, sequence_length: int, held: Memory) -> str:
@@ -191,10 +274,8 @@ def describe(config: ModelConfig, sequence_length: int, held: Memory) -> str:
         ("  attention", f"{_scaled(flops.attention_full, 'FLOP')} full, {_scaled(flops.attention_causal)} causal"),
         ("  depth reads", f"{_scaled(flops.depth, 'FLOP')}, {slots_read(config):,} slots a token"),
         ("training", f"{_scaled(training_flops_per_token(config, sequence_length), 'FLOP')} a token (full)"),
-        ("memory of a rank", f"{_scaled(held.total, 'B')}, transient buffers on top"),
-        ("  weights, gradients", _scaled(held.weights + held.gradients, "B")),
-        ("  optimizer", _scaled(held.optimizer, "B")),
-        ("  activations", f"{_scaled(held.activations, 'B')} a micro-batch"),
+        ("memory of a rank", f"{_scaled(held.total, 'B')} at the peak, {held.peak}"),
+        *((f"  {field.name}", _scaled(getattr(held, field.name), "B")) for field in fields(held)),
     ]
     return "\n".join(f"{name:<26}{value}" for name, value in rows)
 

@@ -324,9 +324,12 @@ class Trainer:
                 config.training.micro_batch_size,
                 config.data.sequence_length,
                 world_size=world.size,
+                replicate=config.parallel.replicate,
                 compute_dtype=compute_dtype,
                 activation_checkpointing=config.parallel.activation_checkpointing,
                 compiled=compile_backend is not None,
+                reshard_after_forward=config.parallel.reshard_after_forward,
+                accumulates=config.training.global_batch_size > config.training.micro_batch_size * world.size,
             )
             self.console.say(f"model {config.model.name}\n{describe(config.model, config.data.sequence_length, held)}")
         with torch.device("meta"):

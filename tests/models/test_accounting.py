@@ -6,6 +6,7 @@ import torch
 from models.accounting import count_parameters, describe, forward_flops, memory, peak_flops, slots_read
 from models.config import ModelConfig
 from models.decoder import Decoder
+from models.parallelize import prepare_blocks
 
 STUDY = {
     "hidden_size": 384,
@@ -85,18 +86,15 @@ def test_matmul_operations_equal_those_that_run(fields):
     assert counter.get_total_flops() == expected.matmul + expected.attention_full + expected.depth + padding
 
 
+@pytest.mark.parametrize(
+    ("checkpointing", "compiled"), [("none", False), ("selective", False), ("full", False), ("none", True)]
+)
 @pytest.mark.parametrize("fields", [{}, FFN], ids=str)
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing):
-    from functools import partial
-
-    from torch.utils.checkpoint import checkpoint
-
-    config = small(**fields)
-    model, ids, kept = Decoder(config), torch.zeros(2, 32, dtype=torch.long), {}
-    if checkpointing == "full":
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing, compiled):
+    """On the CPU, of all five layers; the estimate looks at two and three of them on the meta device."""
+    config = small(**{**fields, "num_layers": 5})
+    model, ids, kept = Decoder(config).bfloat16(), torch.zeros(2, 32, dtype=torch.long), {}
+    prepare_blocks(model, checkpointing, "aot_eager_decomp_partition" if compiled else None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     held = []
 
@@ -108,11 +106,29 @@ def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model(ids, ids)
-    estimate = memory(config, 2, 32, compute_dtype=torch.float32, activation_checkpointing=checkpointing)
-    slots = 2 * 4 * config.slots_per_layer * 2 * 32 * config.num_kv_heads * config.head_dim * 4
-    readers = 4 * 2 * 32 * config.num_heads * (2 * config.head_dim + 2) * 4 if config.depth_kv else 0
-    outside_autograd = slots + readers if checkpointing == "full" else 0  # the stream's, which no checkpoint drops
+    estimate = memory(config, 2, 32, activation_checkpointing=checkpointing, compiled=compiled)
+    slots = 2 * 5 * config.slots_per_layer * 2 * 32 * config.num_kv_heads * config.head_dim * 2
+    outside_autograd = slots if checkpointing == "full" else 0  # the stream's, which no checkpoint drops
     assert estimate.activations == sum(kept.values()) + outside_autograd
+    assert estimate.readers == (5 * 2 * 32 * config.num_heads * (4 * config.head_dim + 8) if fields else 0)
+
+
+def test_the_peak_is_the_moment_at_which_most_is_held():
+    config = small(**FFN)
+    held = memory(config, 2, 32)
+    assert held.total == max(held.moments.values()) == held.moments[held.peak]
+    long = memory(config, 64, 32)
+    assert long.peak in ("loss", "begin of backward")
+    assert long.total > long.weights + long.optimizer + long.activations
+    assert memory(config, 1, 1).peak in ("end of backward", "optimizer step")
+    assert memory(config, 2, 32, accumulates=True).total > held.total
+    assert memory(config, 2, 32, reshard_after_forward=False).total > held.total
+
+
+def test_replicas_are_whole_copies():
+    config = small(**FFN)
+    assert memory(config, 2, 32, world_size=4, replicate=4) == memory(config, 2, 32)
+    assert memory(config, 2, 32, world_size=4, replicate=2) == memory(config, 2, 32, world_size=2)
 
 
 def test_memory_is_sharded_and_checkpointing_saves_activations():

@@ -1,0 +1,111 @@
+"""Does a configuration fit a GPU: `python scripts/estimate_memory.py model=moda_700m [--gpus 8] [--device-gb 141]`.
+
+In: overrides of train.py; no data and no GPU are needed. Out: parameters, operations and memory of a rank item by item,
+and for each kind of activation checkpointing the largest micro-batch that fits. Exit status 1 when the configuration
+itself does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from models.accounting import Memory, describe, memory
+from models.config import ACTIVATION_CHECKPOINTING, ConfigError
+from training.compose import plan
+from training.config import Config
+
+# Share of a device that the estimate may fill: the allocator's fragments, the CUDA context and NCCL take the rest.
+USABLE = 0.92
+PROBES = (4, 12)  # micro-batches that the growth is taken from
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the estimate. Returns the exit status: 0 fits, 1 does not, 2 for a mistake."""
+    parser = argparse.ArgumentParser(description="Memory of a training run on a rank, before it is started.")
+    parser.add_argument("overrides", nargs="*", help="as for train.py: model=moda_700m training.micro_batch_size=8 ...")
+    parser.add_argument("--gpus", type=int, default=1, help="ranks of the run")
+    parser.add_argument("--device-gb", type=float, help="memory of a GPU in 10^9 bytes (default: of this machine's)")
+    options = parser.parse_args(arguments)
+    try:
+        capacity = _capacity(options.device_gb)
+        config = _config(options.overrides, options.gpus)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    held = estimate(config, options.gpus)
+    print(describe(config.model, config.data.sequence_length, held))
+    fits = held.total <= USABLE * capacity
+    print(
+        f"\nThis {'fits' if fits else 'does not fit'} {capacity / 1e9:.0f} GB, of which {USABLE:.0%} are counted on.\n"
+    )
+    print("| activation checkpointing | this micro-batch | largest micro-batch that fits, about |\n|---|---|---|")
+    for kind in ACTIVATION_CHECKPOINTING:
+        total, largest = (
+            estimate(config, options.gpus, kind).total,
+            largest_that_fits(config, options.gpus, kind, capacity),
+        )
+        print(f"| {kind} | {total / 1e9:.1f} GB | {largest or 'none'} |")
+    return 0 if fits else 1
+
+
+def estimate(
+    config: Config, gpus: int, checkpointing: str | None = None, micro_batch_size: int | None = None
+) -> Memory:
+    """The memory of `config` on a rank of a GPU run, by default as it is configured."""
+    training, parallel = config.training, config.parallel
+    size = micro_batch_size or training.micro_batch_size
+    return memory(
+        config.model,
+        size,
+        config.data.sequence_length,
+        world_size=gpus,
+        replicate=parallel.replicate,
+        compute_dtype=torch.float32 if training.precision == "fp32" else torch.bfloat16,
+        activation_checkpointing=checkpointing or parallel.activation_checkpointing,
+        compiled=parallel.compile is not False,
+        reshard_after_forward=parallel.reshard_after_forward,
+        accumulates=training.global_batch_size > size * gpus,
+    )
+
+
+def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: float) -> int:
+    """Instances of the largest micro-batch, 0 for none: what is held at each moment of a step grows in proportion."""
+    fewer, more = (estimate(config, gpus, checkpointing, size).moments for size in PROBES)
+    largest = math.inf
+    for moment, held in fewer.items():
+        growth = (more[moment] - held) / (PROBES[1] - PROBES[0])
+        room = USABLE * capacity - held
+        largest = min(largest, PROBES[0] + room / growth if growth else math.copysign(math.inf, room))
+    return math.floor(largest) if largest >= 1 else 0
+
+
+def _capacity(device_gb: float | None) -> float:
+    if device_gb is None and not torch.cuda.is_available():
+        raise ConfigError("--device-gb is needed where no GPU is visible: give the memory of one, such as 141 (H200).")
+    if device_gb is not None and device_gb <= 0:
+        raise ConfigError(f"--device-gb {device_gb:g} cannot be used: give the memory of a GPU, such as 141 (H200).")
+    return device_gb * 1e9 if device_gb else float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _config(overrides: list[str], gpus: int) -> Config:
+    if gpus < 1:
+        raise ConfigError(f"--gpus {gpus} cannot be used: use a positive integer.")
+    jobs = plan(overrides).jobs
+    if len(jobs) != 1:
+        raise ConfigError("A sweep has several configurations: give the overrides of one of its runs.")
+    config = jobs[0].config
+    config.validate(gpus)
+    if config.model.vocab_size is None:
+        raise ConfigError("model.vocab_size=null is known with the data only: give a number, as in 100278 (dolma2).")
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

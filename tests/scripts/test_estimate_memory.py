@@ -1,0 +1,40 @@
+"""The memory estimate of a configuration: what it says of the paper's models, and what it refuses."""
+
+import pytest
+
+from scripts.estimate_memory import USABLE, _config, estimate, largest_that_fits, main
+
+PLAIN = "parallel.compile=false"
+
+
+def test_the_largest_micro_batch_fits_and_one_more_does_not():
+    config = _config(["model=moda_700m", PLAIN, "training.global_batch_size=1024"], 2)
+    largest = largest_that_fits(config, 2, "full", 60e9)
+    assert estimate(config, 2, "full", largest).total <= 1.02 * USABLE * 60e9
+    assert estimate(config, 2, "full", largest + 1).total > USABLE * 60e9
+    assert largest_that_fits(config, 2, "none", 5e9) == 0
+
+
+def test_a_configuration_that_fits_and_one_that_does_not(capsys):
+    small = ["model=olmo2_tiny", "model.vocab_size=4096", PLAIN]
+    assert main([*small, "--device-gb", "80"]) == 0
+    shown = capsys.readouterr().out
+    assert "This fits 80 GB" in shown
+    assert "| selective |" in shown
+    assert main([*small, "--device-gb", "0.01"]) == 1
+    assert "This does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model=moda_7m", "--device-gb", "80"], "did you mean model=moda_700m"),
+        (["model=moda_tiny", "--device-gb", "80"], "model.vocab_size=null is known with the data only"),
+        (["model=moda_700m", "--device-gb", "0"], "--device-gb 0 cannot be used"),
+        (["model=moda_700m", "--device-gb", "80", "--gpus", "0"], "--gpus 0 cannot be used"),
+        (["model=moda_700m", "--device-gb", "80", "--gpus", "3"], "is not divisible by"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, words, capsys):
+    assert main(arguments) == 2
+    assert words in capsys.readouterr().err
