@@ -136,7 +136,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, the products and the sum in the dtype of `total`."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
-    elif a.device.type == "cpu":  # has no product whose result is wider than its factors
+    elif not a.is_cuda:  # elsewhere there is no product whose result is wider than its factors
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)

@@ -22,6 +22,8 @@ def render(results: dict[str, Any]) -> str:
 
 def machine(environment: dict[str, Any]) -> str:
     """One sentence: device, versions, commit, date."""
+    if not environment:
+        return "No row has a result."
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     return f"{environment['device']}, {packages}, Python {environment['python']}, {environment['time'][:10]}."
 
