@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from scripts.benchmark_training import main, merge, reason
+from scripts.benchmark_training import main, merge
 from scripts.training_benchmark import rows, tables
+from scripts.training_benchmark.process import reason
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set=data.sequence_length=16"]
