@@ -6,6 +6,7 @@ of its own that runs real steps of train.py. Out: `training.json` in DIR after e
     --cold        before each row, one step with empty compilation caches: time from start to first step
     --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
     --from FILE   shows an earlier `training.json` (several: rows of later files win)
+    --docs        writes the table into docs/benchmarks.md
     --set KEY=VALUE   an override of train.py for all rows
 """
 
@@ -27,8 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from data.shards import write_atomically
 from models.config import ConfigError
+from scripts.page_section import PageSection
 from scripts.training_benchmark import rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
+
+SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     try:
+        if options.docs:
+            SECTION.check(PAGE)
         if options.results:
             results = merge([json.loads(path.read_text(encoding="utf-8")) for path in options.results])
         else:
@@ -44,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(tables.render(results))
+    if options.docs:
+        SECTION.replace(PAGE, tables.render(results))
+        print(f"written: {PAGE}")
     return 1 if results["failures"] else 0
 
 
@@ -125,6 +134,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="write a trace of the last step but one of each row")
     parser.add_argument("--set", action="append", default=[], help="an override of train.py for all rows")
     parser.add_argument("--from", dest="results", nargs="+", type=Path, help="show these results, measure nothing")
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     return parser.parse_args(arguments)
 
 
