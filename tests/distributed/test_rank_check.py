@@ -1,4 +1,4 @@
-"""The check of ranks on two of them: alike, and with other data."""
+"""Two ranks: the check that they can train together, and the mesh of replicas."""
 
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from training.rank_check import check_ranks
 def check(folder):
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     world = World(rank, size, torch.device("cpu"), init_device_mesh("cpu", (size,)))
+    assert world.parameter_mesh(1) is world.mesh
+    assert world.parameter_mesh(2).mesh.tolist() == [[0], [1]]  # replicas x shards
     config = Config()
     config.model = small()
     check_ranks(world, config, Path(folder), "data")
