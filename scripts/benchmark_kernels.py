@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     if options.docs:
-        page.check(PAGE)
+        page.SECTION.check(PAGE)
     if options.results:
         results = session.merge([session.read(path) for path in options.results])
         for name, part in results["parts"].items():

@@ -6,6 +6,7 @@ of its own that runs real steps of train.py. Out: `training.json` in DIR after e
     --cold        before each row, one step with empty compilation caches: time from start to first step
     --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
     --from FILE   shows an earlier `training.json` (several: rows of later files win)
+    --docs        writes the table into docs/benchmarks.md
     --set KEY=VALUE   an override of train.py for all rows
 """
 
@@ -16,7 +17,6 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,17 +28,11 @@ sys.path.insert(0, str(ROOT))
 
 from data.shards import write_atomically
 from models.config import ConfigError
+from scripts.page_section import PageSection
 from scripts.training_benchmark import rows, tables
+from scripts.training_benchmark.process import StepsFailed, run_steps
 
-# A run of which nothing but steps is wanted; logging is on, and reads the loss every ten steps as by default.
-QUIET = [
-    "training.steps=1000",
-    "schedule.warmup_steps=100",
-    "evaluation.every=0",
-    "checkpoint.every=1000",
-    "logging.wandb.mode=disabled",
-]
-TIMEOUT = 900  # seconds of a row
+SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parse(arguments)
     try:
-        if options.worker:
-            return _work(options)
+        if options.docs:
+            SECTION.check(PAGE)
         if options.results:
             results = merge([json.loads(path.read_text(encoding="utf-8")) for path in options.results])
         else:
@@ -56,6 +50,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(tables.render(results))
+    if options.docs:
+        SECTION.replace(PAGE, tables.render(results))
+        print(f"written: {PAGE}")
     return 1 if results["failures"] else 0
 
 
@@ -75,9 +72,11 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         begin = time.monotonic()
         try:
             measured = _measure(row, options)
-        except RuntimeError as error:
-            results["failures"][row.name] = str(error)
-            print(f"  failed: {error}", flush=True)
+        except StepsFailed as failed:
+            log = options.out / f"{file_name(row)}.log"
+            log.write_text(failed.output, encoding="utf-8")
+            results["failures"][row.name] = str(failed)
+            print(f"  failed: {failed} (all of it: {log})", flush=True)
         else:
             results["environment"] = measured.pop("environment")
             results["rows"][row.name] = {"arguments": row.arguments} | measured
@@ -101,73 +100,28 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _measure(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
-    """The results of one row. Raises RuntimeError with the reason when its process fails."""
+    """The results of one row. Raises StepsFailed."""
+    overrides = [f"data.path={options.data.resolve()}", *row.arguments, *options.set]
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         environment = dict(os.environ)
-        cold = None
+        cold, warm = Path(folder) / "cold", Path(folder) / "warm"
+        measured: dict[str, Any] = {}
         if options.cold:
             for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
                 environment[cache] = f"{folder}/{cache.lower()}"
-            cold = _process(row, options, 1, Path(folder) / "cold", environment)
-        measured = _process(row, options, options.steps, Path(folder) / "warm", environment)
-        for trace in (Path(folder) / "warm" / "run").glob("profile/step-*-rank-0.json.gz"):
+            first = run_steps(overrides, gpus=row.gpus, steps=1, folder=cold, environment=environment)
+            measured["cold_start_seconds"] = first["start_to_first_step_seconds"]
+        if options.profile:
+            overrides.append(f"logging.profile.steps=[{options.steps - 1}]")
+        measured |= run_steps(overrides, gpus=row.gpus, steps=options.steps, folder=warm, environment=environment)
+        for trace in warm.glob("run/profile/step-*-rank-0.json.gz"):
             shutil.move(trace, options.out / f"{file_name(row)}.json.gz")
-    if cold is not None:
-        measured["cold_start_seconds"] = cold["start_to_first_step_seconds"]
     return measured
-
-
-def _process(
-    row: rows.Row, options: argparse.Namespace, steps: int, folder: Path, environment: dict[str, str]
-) -> dict[str, Any]:
-    result = folder / "result.json"
-    folder.mkdir()
-    overrides = [*QUIET, f"data.path={options.data}", f"run.dir={folder / 'run'}", *row.arguments, *options.set]
-    if options.profile and steps > 2:
-        overrides.append(f"logging.profile.steps=[{steps - 1}]")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(row.gpus)]
-    command = [
-        sys.executable,
-        *(torchrun if row.gpus > 1 else []),
-        str(Path(__file__).resolve()),
-        "--worker",
-        str(result),
-    ]
-    command += ["--steps", str(steps), "--started", str(time.time()), *(f"--set={override}" for override in overrides)]
-    try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"not done within {TIMEOUT} s") from None
-    if done.returncode or not result.is_file():
-        log = options.out / f"{file_name(row)}.log"
-        log.write_text(done.stdout + done.stderr, encoding="utf-8")
-        raise RuntimeError(reason(done.stderr, done.returncode) + f" (all of it: {log})")
-    return json.loads(result.read_text(encoding="utf-8"))
 
 
 def file_name(row: rows.Row) -> str:
     """Of what belongs to a row in the results' folder, without suffix."""
     return row.name.replace("/", "-")
-
-
-def reason(stderr: str, status: int) -> str:
-    """Why a process failed, from what it printed, in a line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
-        for line in reversed(lines):
-            if word in line:
-                return line[:300]
-    return f"exit status {status}"
-
-
-def _work(options: argparse.Namespace) -> int:
-    """The inside of a row: measure here and write the result."""
-    from scripts.training_benchmark.measure import measure  # imports torch, which the outside does without
-
-    result = measure(options.set, options.steps, options.started)
-    if result is not None:
-        options.worker.write_text(json.dumps(result), encoding="utf-8")
-    return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -180,8 +134,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="write a trace of the last step but one of each row")
     parser.add_argument("--set", action="append", default=[], help="an override of train.py for all rows")
     parser.add_argument("--from", dest="results", nargs="+", type=Path, help="show these results, measure nothing")
-    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--docs", action="store_true", help="write the table into docs/benchmarks.md")
     return parser.parse_args(arguments)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def preflight(config: Config) -> Config:
     manifest = _check_data(config)
     vocab_size = _vocab_size(config, manifest)
     _check_packages(config)
+    _check_compiler(config)
     _check_devices(config)  # last: it imports torch, which takes seconds
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
@@ -103,6 +105,17 @@ def _check_packages(config: Config) -> None:
         raise ConfigError(
             f"logging.wandb.mode={config.logging.wandb.mode} needs the package wandb: pip install wandb, "
             f"or set logging.wandb.mode=disabled."
+        )
+
+
+def _check_compiler(config: Config) -> None:
+    """PyTorch's compiler builds C++ for a CPU."""
+    if not config.parallel.compile or config.training.device != "cpu":
+        return
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise ConfigError(
+            "parallel.compile=true on a CPU needs a C++ compiler and there is none: install g++ or clang++, name one "
+            "with CXX, or set parallel.compile=false."
         )
 
 

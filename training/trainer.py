@@ -49,6 +49,7 @@ from training.lock import run_lock
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
 from training.profiling import StepProfiler
+from training.rank_check import check_ranks
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
 from training.tracking import WandbTracker, previous_run_id
@@ -131,6 +132,7 @@ class Trainer:
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
         self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
         self._build_data()
+        check_ranks(world, config, self.run_dir, self.manifest.fingerprint)
         self._build_model()
         self._restore(checkpoint)
         if world.is_main:

@@ -1,4 +1,4 @@
-"""The generated section of a documentation page: between two comments, and nothing outside them is touched."""
+"""The kernels' section of the documentation, from results."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from data.shards import write_atomically
 from scripts.kernel_benchmarks import tables
 from scripts.kernel_benchmarks.goals import goals
+from scripts.page_section import PageSection
 
-BEGIN = "<!-- kernels: begin, written by scripts/benchmark_kernels.py -->"
-END = "<!-- kernels: end -->"
-
-
-class PageError(ValueError):
-    """A page that cannot take the section; the message says why in one sentence."""
+SECTION = PageSection("kernels", "scripts/benchmark_kernels.py")
 
 
 def section(results: dict[str, Any], picture: str | None) -> str:
@@ -31,20 +26,7 @@ def section(results: dict[str, Any], picture: str | None) -> str:
     return "\n\n".join(blocks)
 
 
-def check(page: Path) -> None:
-    """Raise PageError unless the page has the two comments, each once, in order."""
-    if not page.is_file():
-        raise PageError(f"{page} does not exist: run this from the repository, or leave --docs away.")
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise PageError(f"{page} must hold the lines {BEGIN!r} and {END!r} once each, in this order.")
-
-
 def replace(page: Path, results: dict[str, Any], picture: Path | None) -> None:
-    """Write the section into the page. Raises PageError as `check`."""
-    check(page)
-    text = page.read_text(encoding="utf-8")
+    """Write the section into the page. Raises PageError as `PageSection.check`."""
     name = None if picture is None else Path(os.path.relpath(picture, page.parent)).as_posix()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    write_atomically(page, f"{before}{BEGIN}\n\n{section(results, name)}\n\n{END}{after}".encode())
+    SECTION.replace(page, section(results, name))

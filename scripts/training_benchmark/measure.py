@@ -1,20 +1,28 @@
-"""One row, measured on the ranks of this process group: real training steps, timed from outside without stalling them.
+"""Real training steps on the ranks of this process group, timed from outside without stalling them.
 
-In: the command line of train.py. Out: what the main rank saw. The loop is the trainer's own, with its loader, clipping,
-logging and optimizer; it is left after the last measured step, before evaluation or checkpoints.
+In: `measure.py RESULT STEPS STARTED OVERRIDE...`, as `process` calls it: overrides of train.py, and when (Unix time)
+the command was given. Out: what the main rank saw, as JSON in the file RESULT. The loop is the trainer's own, with its
+loader, clipping, logging and optimizer; it is left after the last step, before evaluation or checkpoints.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 import torch
 
+from data.shards import DataError
 from models.accounting import memory, peak_flops, training_flops_per_token
+from models.config import ConfigError
 from training.compose import plan
 from training.config import Config
 from training.distributed import distributed_world
@@ -126,3 +134,12 @@ def _timed(read: Callable[[int], Any], waits: list[float]) -> Callable[[int], An
             waits.append(time.perf_counter() - begin)
 
     return timed
+
+
+if __name__ == "__main__":
+    try:
+        measured = measure(sys.argv[4:], int(sys.argv[2]), float(sys.argv[3]))
+    except (ConfigError, DataError) as error:
+        sys.exit(f"error: {error}")
+    if measured is not None:
+        Path(sys.argv[1]).write_text(json.dumps(measured), encoding="utf-8")

@@ -7,10 +7,17 @@ import torch
 import torch.nn.functional as F
 
 import models.cross_entropy
+from models.accounting import memory
+from models.config import ModelConfig
 from models.cross_entropy import linear_cross_entropy
+from models.decoder import Decoder
+from models.initialization import initialize
+from models.parallelize import parallelize
 from tests.shards import tiny_config
+from training.config import OptimizerConfig
 from training.distributed import distributed_world
 from training.metrics import read_metrics
+from training.optimizer import build_optimizer
 from training.signals import stop_on_signals
 from training.trainer import Trainer, train
 
@@ -75,3 +82,34 @@ def test_a_step_never_waits_for_the_device(depth, shards, tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         trainer.loader.close()
+
+
+def test_the_memory_estimate_is_close_to_the_peak():
+    """A model of a few hundred MB; the figures of the 700M models are in docs/benchmarks.md."""
+    shape = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 2048}
+    for depth, kind in ((False, "none"), (True, "none"), (True, "selective"), (True, "full")):
+        model = ModelConfig(**shape, vocab_size=32000, depth_kv=depth, ffn_kv_proj=depth)
+        with distributed_world("cuda") as world:
+            with torch.device("meta"):
+                decoder = Decoder(model)
+            decoder = parallelize(
+                decoder,
+                world.mesh,
+                compute_dtype=torch.bfloat16,
+                activation_checkpointing=kind,
+                compile_backend="inductor",
+            )
+            initialize(decoder, 0)
+            optimizer = build_optimizer(decoder, OptimizerConfig())
+            ids = torch.randint(0, 32000, (8, 2049), device="cuda")
+            for step in range(3):
+                if step == 2:
+                    torch.cuda.reset_peak_memory_stats()
+                sum(decoder(ids[:, :-1], ids[:, 1:])).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            measured = torch.cuda.max_memory_allocated()
+            del decoder, optimizer
+            torch.cuda.empty_cache()
+        estimated = memory(model, 8, 2048, activation_checkpointing=kind, compiled=True).total
+        assert estimated == pytest.approx(measured, rel=0.10), f"depth={depth} {kind}"

@@ -31,6 +31,8 @@ from scripts.kernel_benchmarks import (
 SCRIPT = Path(benchmark_kernels.__file__)
 TINY_LADDER = {"time": 16, "group": 4, "slots": 3, "chunk": 8}
 
+BEGIN, END = page.SECTION.begin, page.SECTION.end
+
 
 def joint_row(time, group, slots, auto=8.0):
     row = {"time": time, "group": group, "slots": slots, "moda": {"auto": auto, "joined": auto + 0.5}}
@@ -282,14 +284,14 @@ def test_goals_are_met_below_or_above_their_limit():
 def test_section_of_the_page_is_replaced_and_nothing_else(tmp_path):
     results, file = some_results(), tmp_path / "docs" / "benchmarks.md"
     file.parent.mkdir()
-    file.write_text(f"# Before\n\n{page.BEGIN}\nold\n{page.END}\n\n## After\n")
+    file.write_text(f"# Before\n\n{BEGIN}\nold\n{END}\n\n## After\n")
     drawn = picture.draw(results, tmp_path / "docs" / "kernels.png")
     assert drawn.read_bytes().startswith(b"\x89PNG")
     for _ in range(2):  # a second time replaces what the first has written
         page.replace(file, results, drawn)
         text = file.read_text()
-        assert text.startswith(f"# Before\n\n{page.BEGIN}\n\n    python scripts/benchmark_kernels.py\n\nOne A GPU")
-        assert text.endswith(f"\n\n{page.END}\n\n## After\n")
+        assert text.startswith(f"# Before\n\n{BEGIN}\n\n    python scripts/benchmark_kernels.py\n\nOne A GPU")
+        assert text.endswith(f"\n\n{END}\n\n## After\n")
         assert "old" not in text
         assert "](kernels.png)" in text
         assert [line for line in text.splitlines() if line.startswith("### ")] == [
@@ -297,7 +299,7 @@ def test_section_of_the_page_is_replaced_and_nothing_else(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("text", ["no section", f"{page.END}\n{page.BEGIN}", page.BEGIN * 2 + page.END])
+@pytest.mark.parametrize("text", ["no section", f"{END}\n{BEGIN}", BEGIN * 2 + END])
 def test_page_without_its_comments_is_refused_before_anything_is_measured(tmp_path, monkeypatch, capsys, text):
     (tmp_path / "page.md").write_text(text)
     monkeypatch.setattr(benchmark_kernels, "PAGE", tmp_path / "page.md")
@@ -308,7 +310,7 @@ def test_page_without_its_comments_is_refused_before_anything_is_measured(tmp_pa
 
 
 def test_page_of_the_repository_can_be_written():
-    page.check(benchmark_kernels.PAGE)
+    page.SECTION.check(benchmark_kernels.PAGE)
 
 
 def test_failed_part_is_noted_and_the_others_are_written(tmp_path, monkeypatch, capsys):

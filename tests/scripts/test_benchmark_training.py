@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from scripts.benchmark_training import main, merge, reason
+from scripts import benchmark_training
+from scripts.benchmark_training import main, merge
 from scripts.training_benchmark import rows, tables
+from scripts.training_benchmark.process import reason
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set=data.sequence_length=16"]
@@ -64,6 +66,20 @@ def results(**rates):
 def test_a_moda_row_is_divided_by_the_baseline_of_the_same_shape():
     table = tables.render(results(olmo2_700m=100e3, moda_700m=80e3))
     assert "| 80.0 k | 80.0 k | 50.0 % | 0.800 (memory 1.00) | 50.0 GB (49.0 GB) | 0.10 % |" in table
+
+
+def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, monkeypatch):
+    benchmark_training.SECTION.check(benchmark_training.PAGE)  # the real page has the marks
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{benchmark_training.SECTION.begin}\nold\n{benchmark_training.SECTION.end}\nafter\n")
+    monkeypatch.setattr(benchmark_training, "PAGE", page)
+    (tmp_path / "training.json").write_text(json.dumps(results(olmo2_700m=100e3)))
+    assert main(["--from", str(tmp_path / "training.json"), "--docs"]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| `olmo2_700m` |" in text
+    assert "old" not in text
 
 
 def test_a_later_result_replaces_an_earlier_one_and_its_failure():

@@ -137,3 +137,10 @@ def test_a_job_of_a_sweep_is_named_and_the_number_of_ranks_counts(config, monkey
         checked(Job(config, label="training.seed=7"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert checked(Job(config)).config == preflight(config)
+
+
+def test_compiling_on_a_cpu_without_a_compiler_is_refused(config, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    preflight(config)
+    config.parallel.compile = True
+    assert message(ConfigError, config).startswith("parallel.compile=true on a CPU needs a C++ compiler")

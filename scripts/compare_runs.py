@@ -1,0 +1,78 @@
+"""Do two configurations train alike: `python scripts/compare_runs.py --data SHARDS --a parallel.compile=false
+--b parallel.compile=true model=moda_700m ...`.
+
+In: overrides of train.py for both runs, and what tells them apart (`--a`, `--b`, `--gpus-a`, `--gpus-b`). Out: loss and
+gradient norm of both at every step, from one seed and on the same batches, and the largest difference. Exit status 1
+when it is above `--tolerance`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from scripts.training_benchmark.process import StepsFailed, run_steps
+from training.metrics import Record, read_metrics
+
+LINES = 10  # steps of the printed table, about
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run both, compare, print. Returns the exit status: 0 alike, 1 not, 2 when a run failed."""
+    parser = argparse.ArgumentParser(description="Largest difference of the losses of two configurations.")
+    parser.add_argument("overrides", nargs="*", help="of train.py, for both runs")
+    parser.add_argument("--data", type=Path, required=True, help="token shards")
+    parser.add_argument("--a", action="append", default=[], help="an override of the first run")
+    parser.add_argument("--b", action="append", default=[], help="an override of the second run")
+    parser.add_argument("--gpus-a", type=int, default=1, help="ranks of the first run")
+    parser.add_argument("--gpus-b", type=int, default=1, help="ranks of the second run")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--tolerance", type=float, default=0.01, help="largest difference of the loss, nats")
+    options = parser.parse_args(arguments)
+    if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
+        print("error: --steps, --gpus-a and --gpus-b must be positive: use for example --steps 50.", file=sys.stderr)
+        return 2
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        for name, own, gpus in (("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)):
+            overrides = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides, *own]
+            try:  # one step more than is compared: a run is left at the end of a step, before it is logged
+                run_steps(overrides, gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
+            except StepsFailed as failed:
+                print(f"{failed.output}\nerror: run {name} failed: {failed}", file=sys.stderr)
+                return 2
+            runs.append(read_metrics(Path(folder) / name / "run" / "metrics.jsonl"))
+    a, b = runs
+    print(table(a, b))
+    loss, norm = largest(a, b, "train/loss"), largest(a, b, "train/grad_norm")
+    alike = loss[0] <= options.tolerance
+    print(f"\nlargest difference: loss {loss[0]:.2e} (step {loss[1]}), gradient norm {norm[0]:.2e} (step {norm[1]})")
+    print(f"{'within' if alike else 'ABOVE'} the tolerance of {options.tolerance:g} over {len(a)} steps")
+    return 0 if alike else 1
+
+
+def largest(a: list[Record], b: list[Record], key: str) -> tuple[float, int]:
+    """Largest absolute difference of a value over the steps of both, and its step; what is no number is infinite."""
+    differences = [(abs(x[key] - y[key]), x["step"]) for x, y in zip(a, b, strict=True)]
+    return max((math.inf if math.isnan(value) else value, step) for value, step in differences)
+
+
+def table(a: list[Record], b: list[Record]) -> str:
+    """Both runs side by side at some ten steps, the last one included."""
+    stride = max(1, len(a) // LINES)
+    shown = [(x, y) for x, y in zip(a, b, strict=True) if x["step"] % stride == 0 or x is a[-1]]
+    lines = ["| step | loss a | loss b | difference | gradient norm a | b |", "|---|---|---|---|---|---|"]
+    for x, y in shown:
+        loss, norm = (x["train/loss"], y["train/loss"]), (x["train/grad_norm"], y["train/grad_norm"])
+        cells = f"{loss[0]:.5f} | {loss[1]:.5f} | {loss[1] - loss[0]:+.1e} | {norm[0]:.4f} | {norm[1]:.4f}"
+        lines.append(f"| {x['step']} | {cells} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

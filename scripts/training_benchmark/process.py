@@ -1,0 +1,63 @@
+"""Steps of a run in processes of their own, so that nothing is left of one measurement when the next begins.
+
+In: overrides of train.py and a number of GPUs (torchrun with more than one). Out: what `measure` has measured; the run
+directory, with `metrics.jsonl`, stays in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 900  # seconds
+
+# A run of which nothing but steps is wanted; logging is on, and reads the loss every ten steps as by default.
+QUIET = [
+    "training.steps=1000",
+    "schedule.warmup_steps=100",
+    "evaluation.every=0",
+    "checkpoint.every=1000",
+    "logging.wandb.mode=disabled",
+]
+
+
+class StepsFailed(RuntimeError):
+    """The processes failed: the reason in a line, and all that they printed."""
+
+    def __init__(self, reason: str, output: str) -> None:
+        super().__init__(reason)
+        self.output = output
+
+
+def run_steps(
+    overrides: Sequence[str], *, gpus: int, steps: int, folder: Path, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Do `steps` steps in the new folder `folder` and return the results of `measure`. Raises StepsFailed."""
+    folder.mkdir(parents=True)
+    result = folder / "result.json"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
+    command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
+    command += [str(result), str(steps), str(time.time()), *QUIET, f"run.dir={folder / 'run'}", *overrides]
+    try:
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise StepsFailed(f"not done within {TIMEOUT} s", "") from None
+    if done.returncode or not result.is_file():
+        raise StepsFailed(reason(done.stderr, done.returncode), done.stdout + done.stderr)
+    return json.loads(result.read_text(encoding="utf-8"))
+
+
+def reason(stderr: str, status: int) -> str:
+    """Why a process failed, from what it printed, in a line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
+        for line in reversed(lines):
+            if word in line:
+                return line[:300]
+    return f"exit status {status}"

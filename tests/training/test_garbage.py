@@ -1,0 +1,44 @@
+"""Collections happen between steps, at chosen ones, and automatic collection comes back afterwards."""
+
+import gc
+import weakref
+
+import pytest
+
+from tests.shards import tiny_config
+from training.garbage import STEPS, GarbageCollection
+from training.trainer import Trainer, train
+
+
+class Cycle:
+    def __init__(self):
+        self.own = self
+
+
+@pytest.fixture
+def collection():
+    garbage = GarbageCollection()
+    garbage.start()
+    yield garbage
+    garbage.stop()
+
+
+def test_a_cycle_lives_until_the_step_at_which_all_ranks_collect(collection):
+    assert not gc.isenabled()
+    alive = weakref.ref(Cycle())
+    collection(STEPS + 1)
+    assert alive() is not None
+    collection(2 * STEPS)
+    assert alive() is None
+
+
+def test_automatic_collection_comes_back_after_a_run_that_fails(shards, tmp_path, monkeypatch):
+    def fails(self, batches):
+        assert not gc.isenabled()
+        raise RuntimeError("a step failed")
+
+    monkeypatch.setattr(Trainer, "_step", fails)
+    with pytest.raises(RuntimeError, match="a step failed"):
+        train(tiny_config(shards, tmp_path / "run"))
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0

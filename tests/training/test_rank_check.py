@@ -1,0 +1,38 @@
+"""Ranks that cannot train together are told apart before anything is built, in one sentence that names the rank."""
+
+from dataclasses import replace
+
+import pytest
+
+import training.rank_check
+from models.config import ConfigError
+from tests.shards import tiny_config
+from training.rank_check import Seen, compare
+from training.trainer import train
+
+ALIKE = Seen("a", 1000.0, "2.11", "data", "config", True, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        ({"torch": "2.13"}, "rank 1 on b has torch 2.13 and rank 0 on a has 2.11"),
+        ({"data": "other"}, "rank 1 on b has the data other"),
+        ({"config": "other"}, "start every host with the same command"),
+        ({"sees_run_dir": False}, "run.dir=runs/x of rank 0 does not exist for rank 1 on b"),
+        ({"clock": 1045.0}, r"the clock of rank 1 on b differs .* by \+45 s"),
+        ({"sum_over_devices": 1.0}, "a sum over the devices of 2 ranks gave 1 on rank 1"),
+    ],
+)
+def test_what_differs_is_named_with_rank_and_host(difference, words):
+    compare([ALIKE, replace(ALIKE, host="b", clock=1001.0)], "runs/x")
+    with pytest.raises(ConfigError, match=words):
+        compare([ALIKE, replace(ALIKE, host="b", **difference)], "runs/x")
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.rank_check, "BYTES_PER_PARAMETER", 10**18)
+    config = tiny_config(shards, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"GB free and a checkpoint needs .* make room"):
+        train(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -1,0 +1,128 @@
+"""What goes wrong between hosts, found in seconds: before the model is built, every rank says what it sees.
+
+In: the process group, the run directory, the fingerprint of a rank's data. Out: nothing, or the same ConfigError on
+every rank, which names a rank and its host. On one rank only the disk is looked at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from models.accounting import count_parameters
+from models.config import ConfigError
+from training.config import Config, resolved
+from training.distributed import World
+
+TIMEOUT = timedelta(seconds=60)  # for all ranks to come, and for the first sum over devices
+CLOCK_SECONDS = 30.0  # that clocks may differ by: records and checkpoints of a run carry times of several hosts
+SEEN_SECONDS = 10.0  # that a shared file system may take to show a new folder to other hosts
+BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one rank sees."""
+
+    host: str
+    clock: float  # Unix time, right after all ranks have come
+    torch: str
+    data: str  # fingerprint
+    config: str  # digest of the resolved configuration
+    sees_run_dir: bool
+    sum_over_devices: float  # of one from each rank
+
+
+def check_ranks(world: World, config: Config, run_dir: Path, data: str) -> None:
+    """Raise ConfigError unless the ranks can train together; `run_dir` is rank 0's, which makes it when missing."""
+    if world.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total
+    free = world.broadcast(shutil.disk_usage(run_dir).free if world.is_main else None)
+    if free < needed:
+        raise ConfigError(
+            f"run.dir={config.run.dir} has {free / 1e9:.1f} GB free and a checkpoint needs {needed / 1e9:.1f} GB: "
+            "make room, or use another folder."
+        )
+    if world.size == 1:
+        return
+    groups = [dist.new_group(backend="gloo", timeout=TIMEOUT)]
+    try:
+        dist.monitored_barrier(groups[0], TIMEOUT, wait_all_ranks=True)
+        clock = time.time()
+        if world.device.type == "cuda":
+            groups.append(dist.new_group(backend="nccl", timeout=TIMEOUT))
+        ones = torch.ones(1, device=world.device)
+        dist.all_reduce(ones, group=groups[-1])
+        own = Seen(
+            host=platform.node(),
+            clock=clock,
+            torch=torch.__version__,
+            data=data,
+            config=hashlib.sha256(json.dumps(resolved(config), sort_keys=True).encode()).hexdigest()[:12],
+            sees_run_dir=_appears(run_dir),
+            sum_over_devices=ones.item(),
+        )
+        seen: list[Any] = [None] * world.size
+        dist.all_gather_object(seen, own, group=groups[0])
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the {world.size} ranks cannot reach each other ({str(error).splitlines()[0]}): check that all were "
+            "started with one --rdzv-endpoint, and the network between the hosts (NCCL_SOCKET_IFNAME, firewall)."
+        ) from error
+    finally:
+        for group in groups:
+            dist.destroy_process_group(group)
+    compare(seen, config.run.dir)
+
+
+def compare(seen: list[Seen], run_dir: str) -> None:
+    """Raise ConfigError for the first rank that differs from rank 0 where it must not."""
+
+    def require_same(value: Callable[[Seen], str], name: str, remedy: str) -> None:
+        for rank, other in enumerate(seen):
+            if value(other) != value(seen[0]):
+                raise ConfigError(
+                    f"rank {rank} on {other.host} has {name} {value(other)} and rank 0 on {seen[0].host} has "
+                    f"{value(seen[0])}: {remedy}."
+                )
+
+    require_same(lambda s: s.torch, "torch", "install one version on all hosts")
+    require_same(lambda s: s.config, "the configuration", "start every host with the same command and the same files")
+    require_same(lambda s: s.data, "the data", "give all hosts one copy of data.path, or equal copies")
+    for rank, other in enumerate(seen):
+        if not other.sees_run_dir:
+            raise ConfigError(
+                f"run.dir={run_dir} of rank 0 does not exist for rank {rank} on {other.host}: every rank writes its "
+                "part of a checkpoint, so use a folder that all hosts share."
+            )
+        if abs(other.clock - seen[0].clock) > CLOCK_SECONDS:
+            raise ConfigError(
+                f"the clock of rank {rank} on {other.host} differs from that of rank 0 on {seen[0].host} by "
+                f"{other.clock - seen[0].clock:+.0f} s: synchronise the hosts (NTP)."
+            )
+        if other.sum_over_devices != len(seen):
+            raise ConfigError(
+                f"a sum over the devices of {len(seen)} ranks gave {other.sum_over_devices:g} on rank {rank} "
+                f"({other.host}): check that host's GPU and network."
+            )
+
+
+def _appears(folder: Path) -> bool:
+    end = time.monotonic() + SEEN_SECONDS
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
