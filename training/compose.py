@@ -282,12 +282,16 @@ _TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", str:
 
 
 def _keys_of(kind: Any, prefix: str) -> dict[str, Any]:
-    """Dotted keys of a configuration dataclass, sections included, with the types they are declared to have."""
+    """Dotted keys of a configuration dataclass, sections included, with the types they are declared to have.
+
+    Elements of a list have the keys `name[].key`.
+    """
     keys = {}
     for name, hint in get_type_hints(kind).items():
         keys[prefix + name] = hint
-        if is_dataclass(hint):
-            keys |= _keys_of(hint, f"{prefix}{name}.")
+        element = get_args(hint)[0] if get_origin(hint) is list else hint
+        if is_dataclass(element):
+            keys |= _keys_of(element, f"{prefix}{name}[]." if element is not hint else f"{prefix}{name}.")
     return keys
 
 
@@ -321,7 +325,7 @@ def _explained(error: BaseException) -> str:
         match = re.search(pattern, text)
         return match.group(1) if match else ""
 
-    key, override = found(r"full_key: (\S+)"), found(r"Error merging override (.+)")
+    key, override = re.sub(r"\[\d+\]", "[]", found(r"full_key: (\S+)")), found(r"Error merging override (.+)")
     value = override.partition("=")[2] if override else found(r"Value '(.*)' of type|value: (.*)") or "null"
     file = found(r"^In '([^']+)': \w+ raised")
     place = f"{file}.yaml: " if file else ""
