@@ -171,8 +171,9 @@ def verify_checksums(folder: str | Path) -> Manifest:
 def verify_checksums_once(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> Manifest:
     """`verify_checksums`, left out when it was done before and no file has changed since.
 
-    `say` gets a line when it will take long. The sizes and times of the verified files are noted in the folder as `verified.json`; a folder that cannot be
-    written is verified each time. Of several processes of a host one verifies and the others wait for it.
+    `say` gets a line when it will take long. The sizes and times of the verified files are noted in the folder as
+    `verified.json`; a folder that cannot be written is verified each time. Of several processes of a host one verifies
+    and the others wait for it.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -325,8 +325,12 @@ def _explained(error: BaseException) -> str:
         match = re.search(pattern, text)
         return match.group(1) if match else ""
 
-    key, override = re.sub(r"\[\d+\]", "[]", found(r"full_key: (\S+)")), found(r"Error merging override (.+)")
-    value = override.partition("=")[2] if override else found(r"Value '(.*)' of type|value: (.*)") or "null"
+    key, override = found(r"full_key: (\S+)"), found(r"Error merging override (.+)")
+    wrong = found(r"Value '(.*)' of type|value: (.*)")
+    value = override.partition("=")[2] if override else wrong or "null"
+    elements = f"{override.partition('=')[0]}[]."
+    if any(other.startswith(elements) for other in _KEYS) and key not in _KEYS:  # in an element of a list
+        key, value = elements + key, wrong
     file = found(r"^In '([^']+)': \w+ raised")
     place = f"{file}.yaml: " if file else ""
     if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):
