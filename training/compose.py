@@ -328,7 +328,7 @@ def _explained(error: BaseException) -> str:
     key, override = found(r"full_key: (\S+)"), found(r"Error merging override (.+)")
     wrong = found(r"Value '(.*)' of type|value: (.*)")
     value = override.partition("=")[2] if override else wrong or "null"
-    elements = f"{override.partition('=')[0]}[]."
+    elements = (found(r"Could not override '([^']+)'") or override.partition("=")[0]) + "[]."
     if any(other.startswith(elements) for other in _KEYS) and key not in _KEYS:  # in an element of a list
         key, value = elements + key, wrong
     file = found(r"^In '([^']+)': \w+ raised")

@@ -115,9 +115,9 @@ def mixed(domains, run_dir, weights=(0.5, 0.3, 0.2)):
 def test_a_mixture_trains_resumes_and_validates_every_domain(domains, tmp_path):
     whole, halves = mixed(domains, tmp_path / "whole"), mixed(domains, tmp_path / "halves")
     for config in (whole, halves):
-        config.training.steps, config.schedule.warmup_steps, config.evaluation.instances = 8, 2, 2
+        config.training.steps, config.evaluation.every, config.evaluation.instances = 10, 5, 2
     train(whole)
-    halves.training.stop_at = 4
+    halves.training.stop_at = 5
     train(halves)
     halves.training.stop_at = None
     moved = [shutil.copytree(path, tmp_path / "moved" / path.name) for path in domains]
