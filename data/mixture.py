@@ -116,6 +116,10 @@ class InstanceStream:
         content = [[source.fingerprint, source.share] for source in sources]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def datasets_at(self, positions: np.ndarray) -> np.ndarray:
+        """Number of the dataset that each of `positions` (int64 [n], ≥ 0) belongs to: int64 [n]."""
+        return self._table[positions % self.period]
+
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Dataset and instance in it at each of `positions` (int64 [n], ≥ 0): two int64 [n]."""
         positions = np.asarray(positions, dtype=np.int64)

@@ -173,7 +173,7 @@ class Inspection:
         """Shares of the datasets, exact and measured over windows of the first 100,000 windows or 10 M positions."""
         stream, window = self._stream(self.options.packing), self.options.windows or 1024
         count = max(1, min(100_000, 10_000_000 // window))
-        numbers = np.concatenate([stream.locate(np.arange(i, i + window))[0] for i in range(0, count * window, window)])
+        numbers = stream.datasets_at(np.arange(count * window))
         print(f"mixture, period {stream.period:,}; instances of each dataset in {count:,} windows of {window:,}:")
         print(f"  {'dataset':<40} {'share':>8} {'wanted':>9} {'least':>9} {'most':>9} {'mean':>11}")
         for number, source in enumerate(stream.sources):
