@@ -137,6 +137,7 @@ class _Remote:
         """One file, whole and verified under its name, or not at all."""
         address, path = f"{self.root}/{folder}/{file.name}", target / folder / file.name
         part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)  # a prepared split has a folder for each part
         digest = hashlib.sha256()
         source = self._retried(partial(self.system.open, address, "rb"), address)
         with source, open(part, "wb") as out:

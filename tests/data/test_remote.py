@@ -21,6 +21,11 @@ from tests.shards import write_shards
 def address(tmp_path: Path) -> Iterator[str]:
     """A shards directory with a tokenizer in fsspec's memory."""
     folder = write_shards(tmp_path / "local")
+    (folder / "train" / "part").mkdir()  # files may lie in folders of their own
+    (folder / "train" / "00002.bin").rename(folder / "train" / "part" / "00002.bin")
+    manifest = json.loads((folder / "train" / "manifest.json").read_text())
+    manifest["files"][2]["name"] = "part/00002.bin"
+    (folder / "train" / "manifest.json").write_text(json.dumps(manifest))
     (folder / "tokenizer.json").write_text("{}")
     name = f"/{uuid.uuid4().hex}/corpus"
     system = fsspec.filesystem("memory")
