@@ -1,4 +1,4 @@
-"""A shard that disappears while two ranks train: both stop with a checkpoint and its name, and go on when it is back."""
+"""A shard disappears while two ranks train: both stop with a checkpoint and its name, and go on when it is back."""
 
 import os
 import shutil
