@@ -11,8 +11,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from functools import cache, partial
 
 import numpy as np
 
@@ -94,7 +94,7 @@ class BatchLoader:
         try:
             deadline = begin + self.timeout
             return [future.result(max(0.0, deadline - time.perf_counter())) for future in futures]
-        except FutureTimeout as error:
+        except TimeoutError as error:
             raise DataError(
                 f"{self._where()} gave no batch within data.timeout={self.timeout:g} seconds: look at its disk or "
                 "network, or allow more."
@@ -117,15 +117,11 @@ class BatchLoader:
 
     def prefetch(self, position: int) -> None:
         """Begin reading the batch at `position` in the background; the next `batch(position)` takes it."""
-        numbers, instances = self.stream.locate(np.arange(position, position + self.global_batch_size))
-        targets = self.stream.target_count(numbers, instances)  # of all ranks
+        targets = cache(partial(self._targets, position))
         per_rank = self.global_batch_size // self.world_size
-        first = self.rank * per_rank
-        futures: list[Future[MicroBatch]] = []
-        for start in range(first, first + per_rank, self.micro_batch_size):
-            part = slice(start, start + self.micro_batch_size)
-            futures.append(self._submit(numbers[part], instances[part], targets))
-        self._prefetched = (position, futures)
+        first = position + self.rank * per_rank
+        starts = range(first, first + per_rank, self.micro_batch_size)
+        self._prefetched = position, [self._submit(partial(self._read, start, targets)) for start in starts]
 
     def close(self) -> None:
         """Stop the background threads. One whose read hangs is left behind: it ends with the process."""
@@ -138,12 +134,12 @@ class BatchLoader:
         for thread in self._threads:
             thread.join(timeout=5.0)
 
-    def _submit(self, numbers: np.ndarray, instances: np.ndarray, targets: int) -> Future[MicroBatch]:
+    def _submit(self, read: Callable[[], MicroBatch]) -> Future[MicroBatch]:
         future: Future[MicroBatch] = Future()
 
         def task() -> None:
             try:
-                future.set_result(self._read(numbers, instances, targets))
+                future.set_result(read())
             except BaseException as error:  # for whoever waits
                 future.set_exception(error)
 
@@ -154,9 +150,14 @@ class BatchLoader:
         while (task := self._tasks.get()) is not None:
             task()
 
-    def _read(self, numbers: np.ndarray, instances: np.ndarray, targets: int) -> MicroBatch:
-        rows = self.stream.rows(numbers, instances)
-        weight = int((rows[:, 1:] >= 0).sum()) * self.world_size / max(targets, 1)
+    def _targets(self, position: int) -> int:
+        """Targets of the whole global batch at `position`, of all ranks."""
+        return self.stream.target_count(*self.stream.locate(np.arange(position, position + self.global_batch_size)))
+
+    def _read(self, start: int, targets: Callable[[], int]) -> MicroBatch:
+        """The micro-batch that begins at stream position `start`."""
+        rows = self.stream.rows(*self.stream.locate(np.arange(start, start + self.micro_batch_size)))
+        weight = int((rows[:, 1:] >= 0).sum()) * self.world_size / max(targets(), 1)
         read = micro_batch(rows, self._eos_id, weight)
         return read.pin_memory() if self._pin_memory else read
 
