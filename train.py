@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     try:
         planned = plan(arguments)
         print(planned.text, end="")
-        jobs = [checked(job) for job in planned.jobs]  # all of them, before the first starts
+        jobs = [checked(job, say) for job in planned.jobs]  # all of them, before the first starts
         for warning in dict.fromkeys(text for job in jobs for text in job.config.warnings()):
             say(f"warning: {warning}")
         if planned.hydra_arguments is None:

@@ -12,7 +12,7 @@ ROUNDS = 8  # four suffice for a pseudorandom permutation (Luby and Rackoff 1988
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio, the increment of SplitMix64
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection of uint64, all output bits need all input bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -44,7 +44,7 @@ class InstanceOrder:
         self._left_bits = bits // 2
         self._right_bits = bits - bits // 2
         with np.errstate(over="ignore"):
-            self._seed_key = _mix(np.array([(seed + 1) * _GOLDEN % 2**64], dtype=np.uint64))  # [1]
+            self._seed_key = mix(np.array([(seed + 1) * _GOLDEN % 2**64], dtype=np.uint64))  # [1]
 
     def order(self, indices: np.ndarray) -> np.ndarray:
         """Instances at positions `indices` (int64, any shape, ≥ 0, counted over all epochs): int64 of the same shape.
@@ -57,7 +57,7 @@ class InstanceOrder:
         epochs, places = np.divmod(indices.reshape(-1), self.size)
         with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
             # Not symmetric in seed and epoch: epoch 1 of seed 0 must not be epoch 0 of seed 1.
-            keys = _mix(self._seed_key + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
+            keys = mix(self._seed_key + (epochs.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN))
             result = self._permute(places.astype(np.uint64), keys)
             outside = np.flatnonzero(result >= self.size)
             while outside.size:
@@ -71,7 +71,7 @@ class InstanceOrder:
         left, right = x >> np.uint64(right_bits), x & np.uint64(2**right_bits - 1)
         for round_index in range(ROUNDS):
             key = keys + np.uint64((round_index + 1) * _GOLDEN % 2**64)
-            scrambled = _mix(_mix(key) ^ right) & np.uint64(2**left_bits - 1)
+            scrambled = mix(mix(key) ^ right) & np.uint64(2**left_bits - 1)
             left, right = right, left ^ scrambled
             left_bits, right_bits = right_bits, left_bits
         return (left << np.uint64(right_bits)) | right

@@ -10,24 +10,31 @@ A token dataset is a folder with
 and a *shards directory* (`data.path` of a run) holds `train/` and `validation/DOMAIN/`, each such a folder, with the
 tokenizer as `tokenizer.json` beside them. `train/` is finished after all others, so its manifest ends the preparation.
 
-In: ids from `data.tokenize`. Out: `ShardWriter` writes a folder, `TokenDataset` cuts it into instances.
+In: ids from `data.tokenize`. Out: `ShardWriter` writes a folder, `TokenStream` reads it, `TokenDataset` cuts it into
+instances.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
+VERIFIED_NAME = "verified.json"
+WORTH_A_LINE = 2**30  # bytes whose verification takes so long that a user is told
 FORMAT_VERSION = 1
 DTYPES: dict[str, np.dtype[np.unsignedinteger[Any]]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -94,19 +101,11 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a finished token dataset, its files checked for existence and size.
-
-    Raises `DataError` when the folder is missing, unfinished or damaged.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise DataError(f"{folder} does not exist: prepare it with scripts/prepare_data.py.")
-    path = folder / MANIFEST_NAME
-    if not path.exists():
-        raise DataError(f"{folder} has no {MANIFEST_NAME}, so its preparation did not finish: give that command again.")
+def parse_manifest(content: bytes, path: str | Path) -> Manifest:
+    """The manifest in `content`, which was read from `path`. Raises `DataError` when it is damaged or too new."""
+    folder = str(path).removesuffix(f"/{MANIFEST_NAME}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content)
         version = raw.get("version")
         if version != FORMAT_VERSION:
             raise DataError(
@@ -123,8 +122,29 @@ def read_manifest(folder: str | Path) -> Manifest:
     if sum(file.tokens for file in manifest.files) != manifest.tokens:
         raise DataError(f"{path} is damaged (the files' tokens do not add up): remove {folder} and prepare it again.")
     for file in manifest.files:
+        if file.bytes != file.tokens * itemsize:
+            raise DataError(
+                f"{path} is damaged ({file.name} cannot hold {file.tokens} tokens in {file.bytes} bytes): "
+                f"remove {folder} and prepare it again."
+            )
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a finished token dataset, its files checked for existence and size.
+
+    Raises `DataError` when the folder is missing, unfinished or damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder} does not exist: prepare it with scripts/prepare_data.py.")
+    path = folder / MANIFEST_NAME
+    if not path.exists():
+        raise DataError(f"{folder} has no {MANIFEST_NAME}, so its preparation did not finish: give that command again.")
+    manifest = parse_manifest(path.read_bytes(), path)
+    for file in manifest.files:
         size = (folder / file.name).stat().st_size if (folder / file.name).exists() else None
-        if size != file.bytes or file.bytes != file.tokens * itemsize:
+        if size != file.bytes:
             found = "missing" if size is None else f"{size} bytes long"
             raise DataError(
                 f"{folder / file.name} is {found} where its manifest says {file.bytes} bytes: "
@@ -137,15 +157,58 @@ def verify_checksums(folder: str | Path) -> Manifest:
     """The manifest, after reading every file; `DataError` names the first whose SHA-256 is not the manifest's."""
     folder = Path(folder)
     manifest = read_manifest(folder)
-    for file in manifest.files:
-        with open(folder / file.name, "rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
-        if found != file.sha256:
-            raise DataError(
-                f"{folder / file.name} is damaged (its SHA-256 is not the manifest's): "
-                f"remove {folder} and prepare it again."
-            )
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter
+        digests = threads.map(_sha256, [folder / file.name for file in manifest.files])
+        for file, found in zip(manifest.files, digests, strict=True):
+            if found != file.sha256:
+                raise DataError(
+                    f"{folder / file.name} is damaged (its SHA-256 is not the manifest's): "
+                    f"remove {folder} and prepare it again."
+                )
     return manifest
+
+
+def verify_checksums_once(folder: str | Path, say: Callable[[str], None] = lambda line: None) -> Manifest:
+    """`verify_checksums`, left out when it was done before and no file has changed since.
+
+    `say` gets a line when it will take long. The sizes and times of the verified files are noted in the folder as
+    `verified.json`; a folder that cannot be written is verified each time. Of several processes of a host one verifies
+    and the others wait for it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    with host_lock(folder):
+        state = {file.name: list(file_state(folder / file.name)) for file in manifest.files}
+        noted = json.dumps({"fingerprint": manifest.fingerprint, "files": state}).encode()
+        path = folder / VERIFIED_NAME
+        if path.exists() and path.read_bytes() == noted:
+            return manifest
+        if (size := sum(file.bytes for file in manifest.files)) >= WORTH_A_LINE:
+            say(f"verifying the checksums of {folder}, {size / 1e9:,.0f} GB (data.verify=false leaves this out)")
+        verify_checksums(folder)
+        with suppress(OSError):  # not ours to write: nothing is lost but time
+            write_atomically(path, noted)
+    return manifest
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Size and time of change (ns) of a file: as long as both stay, its content is taken to be the same."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def host_lock(folder: Path) -> Iterator[None]:
+    """One process of this host and user at a time works on `folder`, which need not exist or be writable."""
+    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir()) / f"moda-{os.getuid()}-{name}.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def validation_domains(shards_dir: str | Path) -> list[str]:
@@ -255,8 +318,79 @@ class ShardWriter:
         return manifest
 
 
+class TokenStream:
+    """All files of a token dataset as one sequence of ids, memory-mapped: nothing is read before it is asked for.
+
+    Raises `DataError` when the folder is unfinished or damaged. A file that disappears or changes while it is open is
+    noticed before it is read: of a map of a file that was cut short, touching the lost part would end the process.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(folder)
+        dtype = DTYPES[self.manifest.dtype]
+        self._paths = [self.folder / file.name for file in self.manifest.files]
+        self._maps = [np.memmap(path, dtype=dtype, mode="r") for path in self._paths]
+        self._states = [file_state(path) for path in self._paths]
+        self._ends = np.cumsum([file.tokens for file in self.manifest.files])  # [files], position after each file
+
+    def __len__(self) -> int:
+        return self.manifest.tokens
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fill `out`, one-dimensional, with the ids from position `start` on. Raises `DataError` for a lost file."""
+        file = int(np.searchsorted(self._ends, start, side="right"))
+        filled = 0
+        while filled < len(out):
+            tokens = self._maps[file]
+            begin = start + filled - (int(self._ends[file]) - len(tokens))
+            self._check(file)
+            piece = tokens[begin : begin + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            file += 1
+
+    def chunks(self, size: int = 2**22) -> Iterator[np.ndarray]:
+        """All ids in order, in pieces of at most `size` that never cross a file."""
+        for file, tokens in enumerate(self._maps):
+            for begin in range(0, len(tokens), size):
+                self._check(file)
+                yield tokens[begin : begin + size]
+
+    def _check(self, file: int) -> None:
+        try:
+            state = file_state(self._paths[file])
+        except OSError as error:
+            raise DataError(
+                f"{self._paths[file]} cannot be read any more ({error.strerror}): put it back, or prepare it again."
+            ) from error
+        if state != self._states[file]:
+            raise DataError(
+                f"{self._paths[file]} has changed since it was opened ({state[0]} bytes, {self._states[file][0]} "
+                "before): put it back, or prepare it again."
+            )
+
+
+class Instances(Protocol):
+    """Instances of a token dataset, however they are cut."""
+
+    stream: TokenStream
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Instance `index`: int64 `[sequence_length + 1]`, inputs `[:-1]`, targets `[1:]`; `IndexError` outside.
+
+        A negative number ~x is the id x where it is no target (`data.documents`).
+        """
+
+    def target_counts(self, indices: np.ndarray) -> np.ndarray:
+        """How many targets each of the instances `indices` has: int64, of the shape of `indices`."""
+
+
 class TokenDataset:
-    """Instances of a token dataset, memory-mapped: nothing is read before it is asked for.
+    """Instances as windows of the stream.
 
     The concatenation of all files is cut every `sequence_length` ids; instance `i` is the window of
     `sequence_length + 1` ids that starts at `i * sequence_length`, so with inputs `[:-1]` and targets `[1:]` every id
@@ -266,22 +400,16 @@ class TokenDataset:
     """
 
     def __init__(self, folder: str | Path, sequence_length: int) -> None:
-        if sequence_length < 1:
-            raise DataError(f"data.sequence_length={sequence_length} cannot be used: use a positive integer.")
-        self.folder = Path(folder)
+        check_sequence_length(sequence_length)
         self.sequence_length = sequence_length
-        self.manifest = read_manifest(folder)
+        self.stream = TokenStream(folder)
+        self.folder, self.manifest = self.stream.folder, self.stream.manifest
         self._size = (self.manifest.tokens - 1) // sequence_length
         if self._size < 1:
             raise DataError(
                 f"data.sequence_length={sequence_length} is longer than the data: {self.folder} holds "
                 f"{self.manifest.tokens} tokens, so use at most {self.manifest.tokens - 1}."
             )
-        dtype = DTYPES[self.manifest.dtype]
-        self._maps = [np.memmap(self.folder / file.name, dtype=dtype, mode="r") for file in self.manifest.files]
-        self._ends = np.cumsum(
-            [file.tokens for file in self.manifest.files]
-        )  # [files], stream position after each file
 
     def __len__(self) -> int:
         return self._size
@@ -291,14 +419,15 @@ class TokenDataset:
         if not 0 <= index < self._size:
             raise IndexError(f"instance {index} of {self._size} in {self.folder}")
         out = np.empty(self.sequence_length + 1, dtype=np.int64)
-        position = int(index) * self.sequence_length
-        file = int(np.searchsorted(self._ends, position, side="right"))
-        filled = 0
-        while filled < len(out):
-            tokens = self._maps[file]
-            start = position + filled - (int(self._ends[file]) - len(tokens))
-            piece = tokens[start : start + len(out) - filled]
-            out[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            file += 1
+        self.stream.read(int(index) * self.sequence_length, out)
         return out
+
+    def target_counts(self, indices: np.ndarray) -> np.ndarray:
+        """All positions are targets: `sequence_length` for each of `indices`."""
+        return np.full(np.shape(indices), self.sequence_length, dtype=np.int64)
+
+
+def check_sequence_length(sequence_length: int) -> None:
+    """Raise `DataError` unless it is positive."""
+    if sequence_length < 1:
+        raise DataError(f"data.sequence_length={sequence_length} cannot be used: use a positive integer.")

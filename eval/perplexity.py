@@ -1,20 +1,21 @@
 """Validation loss by domain, on the same held-out instances each time.
 
-In: a decoder (sharded or not) and the validation folders of a shards directory. Out: mean cross-entropy in nats,
+In: a decoder (sharded or not) and a token dataset for each domain. Out: mean cross-entropy in nats,
 perplexity and bits per byte of every domain, and their mean over domains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.shards import TokenDataset, validation_domains
+from data.documents import micro_batch
+from data.shards import TokenDataset
 from models.decoder import Decoder
 
 
@@ -22,29 +23,29 @@ class PerplexityEvaluator:
     """Reads the first `instances` instances of every domain, dealt out over ranks.
 
     Args:
-        shards: the shards directory; every folder of `validation/` is a domain.
+        folders: the token dataset of every domain, by name.
         sequence_length: tokens of an instance.
         instances: instances of each domain (None: all).
         micro_batch_size: instances a rank computes at a time.
+        document_mask: tokens see their own document only.
         rank, world_size: this process among those that evaluate.
         reduce: sums a float64 tensor over ranks, in place of the identity for one process.
     """
 
     def __init__(
         self,
-        shards: str | Path,
+        folders: Mapping[str, Path],
         sequence_length: int,
         *,
         instances: int | None,
         micro_batch_size: int,
+        document_mask: bool = False,
         rank: int = 0,
         world_size: int = 1,
         reduce: Callable[[Tensor], Tensor] = lambda total: total,
     ) -> None:
-        self.datasets = {
-            domain: TokenDataset(Path(shards) / "validation" / domain, sequence_length)
-            for domain in validation_domains(shards)
-        }
+        self.datasets = {domain: TokenDataset(folder, sequence_length) for domain, folder in folders.items()}
+        self.document_mask = document_mask
         self.instances, self.micro_batch_size = instances, micro_batch_size
         self.rank, self.world_size, self.reduce = rank, world_size, reduce
 
@@ -58,11 +59,11 @@ class PerplexityEvaluator:
         losses = []
         for domain, dataset in self.datasets.items():
             total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
-            for batch in self._batches(dataset):
-                ids = torch.from_numpy(batch).to(device)
-                targets = ids[:, 1:]
-                count = (targets >= 0).sum()
-                total += torch.stack((model(ids[:, :-1].clamp_min(0), targets).cross_entropy.double() * count, count))
+            eos_id = dataset.manifest.eos_id if self.document_mask else None
+            for rows in self._batches(dataset):
+                batch = micro_batch(rows, eos_id, weight=1.0).to(device)
+                count = (batch.targets >= 0).sum()
+                total += torch.stack((model(*batch[:3]).cross_entropy.double() * count, count))
             nats, count = self.reduce(total).tolist()
             loss = nats / count
             losses.append(loss)

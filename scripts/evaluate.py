@@ -10,19 +10,21 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data.shards import DataError, read_manifest, validation_domains
+from data.shards import DataError, read_manifest
 from eval.perplexity import PerplexityEvaluator
 from models.config import ConfigError
 from models.decoder import Decoder
 from models.parallelize import parallelize
 from training.checkpoint import find_checkpoints, load_checkpoint, read_state
 from training.compose import config_of_checkpoint
+from training.data import validation_folders
 from training.distributed import distributed_world
 
 
@@ -65,23 +67,26 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
     checkpoint = newest(options.checkpoint)
     state = read_state(checkpoint)
     config = config_of_checkpoint(checkpoint, state.config)
-    shards = options.data or config.data.path
+    data = replace(config.data, path=options.data, mixture=[]) if options.data else config.data
+    shards = ", ".join(data.paths)
     instances = config.evaluation.instances if options.instances is None else options.instances or None
     size = options.micro_batch_size or config.evaluation.micro_batch_size or config.training.micro_batch_size
-    if not validation_domains(shards):
+    folders = validation_folders(data)
+    if not folders:
         raise DataError(f"{shards} has no validation domains: name a prepared shards directory with --data.")
-    for domain in validation_domains(shards):
-        if read_manifest(Path(shards) / "validation" / domain).tokenizer["sha256"] != state.tokenizer:
+    for folder in folders.values():
+        if read_manifest(folder).tokenizer["sha256"] != state.tokenizer:
             raise DataError(
                 f"{shards} has another tokenizer than the data of {checkpoint}: name shards of the run's tokenizer "
                 "with --data."
             )
     with distributed_world(options.device) as world:
         evaluator = PerplexityEvaluator(
-            shards,
-            config.data.sequence_length,
+            folders,
+            data.sequence_length,
             instances=instances,
             micro_batch_size=size,
+            document_mask=data.document_mask,
             rank=world.rank,
             world_size=world.size,
             reduce=world.sum,

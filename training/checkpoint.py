@@ -32,6 +32,11 @@ MARKER = "checkpoint.json"
 MAY_DIFFER = (
     "run.",
     "data.path",
+    "data.mixture",
+    "data.verify",
+    "data.workers",
+    "data.timeout",
+    "data.cache",
     "data.prepare",
     "training.stop_at",
     "training.micro_batch_size",
@@ -52,6 +57,7 @@ class TrainState:
     instances: int = 0  # instances of the data order consumed; the position in the data
     tokens: int = 0  # tokens trained on
     data: str = ""  # fingerprint of the training data
+    sources: list[dict[str, Any]] = field(default_factory=list)  # what it consists of (data.mixture.Source)
     tokenizer: str = ""  # SHA-256 of its tokenizer
     begun_from: str | None = None  # another run's checkpoint that this run began with
     device: str = "cpu"  # type of device that saved it, whose random state it holds

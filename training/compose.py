@@ -282,12 +282,16 @@ _TYPE_WORDS = {int: "an integer", float: "a number", bool: "true or false", str:
 
 
 def _keys_of(kind: Any, prefix: str) -> dict[str, Any]:
-    """Dotted keys of a configuration dataclass, sections included, with the types they are declared to have."""
+    """Dotted keys of a configuration dataclass, sections included, with the types they are declared to have.
+
+    Elements of a list have the keys `name[].key`.
+    """
     keys = {}
     for name, hint in get_type_hints(kind).items():
         keys[prefix + name] = hint
-        if is_dataclass(hint):
-            keys |= _keys_of(hint, f"{prefix}{name}.")
+        element = get_args(hint)[0] if get_origin(hint) is list else hint
+        if is_dataclass(element):
+            keys |= _keys_of(element, f"{prefix}{name}[]." if element is not hint else f"{prefix}{name}.")
     return keys
 
 
@@ -322,7 +326,11 @@ def _explained(error: BaseException) -> str:
         return match.group(1) if match else ""
 
     key, override = found(r"full_key: (\S+)"), found(r"Error merging override (.+)")
-    value = override.partition("=")[2] if override else found(r"Value '(.*)' of type|value: (.*)") or "null"
+    wrong = found(r"Value '(.*)' of type|value: (.*)")
+    value = override.partition("=")[2] if override else wrong or "null"
+    elements = (found(r"Could not override '([^']+)'") or override.partition("=")[0]) + "[]."
+    if any(other.startswith(elements) for other in _KEYS) and key not in _KEYS:  # in an element of a list
+        key, value = elements + key, wrong
     file = found(r"^In '([^']+)': \w+ raised")
     place = f"{file}.yaml: " if file else ""
     if missing := re.search(r"Could not (?:find|load) '([^']+)/([^'/]*)'", text):

@@ -15,6 +15,7 @@ from models.config import ACTIVATION_CHECKPOINTING, ConfigError, ModelConfig, ch
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+PACKING = ("none", "best_fit")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
 
@@ -37,17 +38,53 @@ class RunConfig:
 
 
 @dataclass
+class MixtureEntry:
+    """One dataset of a mixture."""
+
+    path: str = ""  # as `data.path`
+    weight: float = 1.0  # its share of the instances, relative to the others
+
+
+@dataclass
 class DataConfig:
     """Token shards and how they are cut."""
 
-    path: str = "shards/c4"  # folder with train/ and validation/DOMAIN/, as scripts/prepare_data.py writes it
+    path: str = "shards/c4"  # folder with train/ and validation/DOMAIN/, or its address (s3://, gs://, https://)
+    mixture: list[MixtureEntry] = field(default_factory=list)  # in place of `path`: several, each with a weight
     sequence_length: int = 4096  # tokens in an instance
+    packing: str = "none"  # none (documents are concatenated and cut), or best_fit (whole documents and padding)
+    document_mask: bool = False  # tokens see their own document only, and positions restart with it
+    verify: bool = True  # compare shards with their checksums at the start, once for as long as they do not change
+    workers: int = 1  # threads of each rank that read batches ahead
+    timeout: float = 300.0  # seconds a batch may take to be read before the run stops with a checkpoint
+    cache: str | None = None  # folder for copies of remote shards (null: ~/.cache/moda)
     prepare: str = ""  # the command that prepares this data, shown when `path` has no shards
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all datasets."""
+        return [entry.path for entry in self.mixture] or [self.path]
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
-        require(bool(self.path.strip()), "data.path", self.path, "use a folder of token shards, as in data.path=SHARDS")
+        if self.mixture:
+            remedy = "leave one of them out (data=mixture sets data.path to nothing)"
+            require(not self.path.strip(), "data.path", self.path, f"data.mixture is given too: {remedy}")
+        else:
+            remedy = "use a folder of token shards, as in data.path=SHARDS"
+            require(bool(self.path.strip()), "data.path", self.path, remedy)
+        for number, entry in enumerate(self.mixture):
+            key = f"data.mixture[{number}]"
+            require(bool(entry.path.strip()), f"{key}.path", entry.path, "use a folder of token shards")
+            require(0 < entry.weight < math.inf, f"{key}.weight", entry.weight, "use a positive number")
+            twice = entry.path in self.paths[:number]
+            require(
+                not twice, f"{key}.path", entry.path, "it is there before: give it once, with the sum of the weights"
+            )
         require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "use a positive integer")
+        require(self.packing in PACKING, "data.packing", self.packing, choices(PACKING))
+        require(self.workers >= 1, "data.workers", self.workers, "use a positive integer")
+        require(0 < self.timeout < math.inf, "data.timeout", self.timeout, "use a positive number of seconds")
 
 
 @dataclass
@@ -167,6 +204,7 @@ class CheckpointConfig:
     every: int = 1000  # steps between checkpoints (the last step is always saved)
     keep: int | None = 3  # newest checkpoints kept (null: all)
     resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
+    allow_other_data: bool = False  # continue on other tokens than those of the checkpoint
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""

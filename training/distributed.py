@@ -70,6 +70,12 @@ class World:
         dist.all_reduce(total)
         return total
 
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable `value` of every rank, on every rank."""
+        values = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on some rank."""
         if self.size == 1:

@@ -10,38 +10,46 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from data.shards import DataError, Manifest, TokenDataset, read_manifest, validation_domains
+from data.mixture import InstanceStream
+from data.shards import DataError, TokenDataset
 from models.config import VOCAB_MULTIPLE, ConfigError
 from training.compose import Job
 from training.config import Config
+from training.data import open_stream, validation_folders, verify
 
 
-def checked(job: Job) -> Job:
-    """`job`, ready to start here and now. Raises what `Config.validate` and `preflight` raise, and names the job."""
+def checked(job: Job, say: Callable[[str], None] = lambda line: None) -> Job:
+    """`job`, ready to start here and now. Raises what `Config.validate` and `preflight` raise, and names the job.
+
+    `say` gets a line for what takes long.
+    """
     try:
         job.config.validate(int(os.environ.get("WORLD_SIZE", "1")))
-        return replace(job, config=preflight(job.config))
+        return replace(job, config=preflight(job.config, say))
     except (ConfigError, DataError) as error:
         if not job.label:
             raise
         raise type(error)(f"{error} (job {job.label})") from error
 
 
-def preflight(config: Config) -> Config:
+def preflight(config: Config, say: Callable[[str], None] = lambda line: None) -> Config:
     """`config` with a number in `model.vocab_size`, after all checks; `config` itself is left as it is.
 
     Raises `ConfigError` for a value that does not fit the data or the machine, `DataError` for data that is missing or
     damaged.
     """
     _check_paths(config)
-    manifest = _check_data(config)
-    vocab_size = _vocab_size(config, manifest)
+    stream = _check_data(config, say)
+    vocab_size = _vocab_size(config, stream)
     _check_packages(config)
     _check_compiler(config)
-    _check_devices(config)  # last: it imports torch, which takes seconds
+    _check_devices(config)  # it imports torch, which takes seconds
+    if config.data.verify:  # last: it may take minutes
+        verify(config, say)
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
@@ -60,41 +68,35 @@ def _check_paths(config: Config) -> None:
         raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is not writable.")
 
 
-def _check_data(config: Config) -> Manifest:
-    """The manifest of the training tokens, after all splits that the run reads were looked at."""
-    root = Path(config.data.path)
-    if not (root / "train").is_dir():
-        command = f"\n  {config.data.prepare}" if config.data.prepare else " scripts/prepare_data.py"
-        raise DataError(
-            f"data.path={config.data.path} holds no token shards ({root / 'train'} does not exist): set data.path to a "
-            f"prepared folder, or prepare it with{command}"
-        )
-    manifest = TokenDataset(root / "train", config.data.sequence_length).manifest
+def _check_data(config: Config, say: Callable[[str], None]) -> InstanceStream:
+    """The stream of training instances, after all splits that the run reads were looked at."""
+    stream = open_stream(config, say)
     if config.evaluation.every == 0:
-        return manifest
-    domains = validation_domains(root)
-    if not domains:
+        return stream
+    folders = validation_folders(config.data)
+    if not folders:
         raise DataError(
-            f"data.path={config.data.path} has no validation domains ({root / 'validation'}/DOMAIN): prepare some, "
+            f"data.path={config.data.path} has no validation domains "
+            f"({' or '.join(f'{path}/validation' for path in config.data.paths)}/DOMAIN): prepare some, "
             f"or set evaluation.every=0."
         )
-    for domain in domains:
-        folder = root / "validation" / domain
-        TokenDataset(folder, config.data.sequence_length)
-        if read_manifest(folder).tokenizer["sha256"] != manifest.tokenizer["sha256"]:
-            raise DataError(f"{folder} and {root / 'train'} have different tokenizers: prepare both with the same one.")
-    return manifest
+    for folder in folders.values():
+        tokenizer = TokenDataset(folder, config.data.sequence_length).manifest.tokenizer
+        if tokenizer["sha256"] != stream.tokenizer["sha256"]:
+            trained = stream.datasets[0].stream.folder
+            raise DataError(f"{folder} and {trained} have different tokenizers: prepare both with the same one.")
+    return stream
 
 
-def _vocab_size(config: Config, manifest: Manifest) -> int:
+def _vocab_size(config: Config, stream: InstanceStream) -> int:
     """`model.vocab_size`, or for null the tokenizer's size rounded up; a smaller tokenizer is accepted."""
-    needed, chosen = manifest.vocab_size, config.model.vocab_size
+    needed, chosen = stream.vocab_size, config.model.vocab_size
     if chosen is None:
         return -(-needed // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
     if needed > chosen:
         raise ConfigError(
             f"model.vocab_size={chosen} is smaller than the {needed} ids of the tokenizer of data.path="
-            f"{config.data.path} ({manifest.tokenizer['name']}): use model.vocab_size=null, "
+            f"{config.data.paths[0]} ({stream.tokenizer['name']}): use model.vocab_size=null, "
             f"or data with a smaller tokenizer."
         )
     return chosen

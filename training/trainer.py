@@ -17,6 +17,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -24,9 +26,9 @@ import yaml
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data.documents import MicroBatch
 from data.loader import BatchLoader
-from data.order import InstanceOrder
-from data.shards import TokenDataset, read_manifest, write_atomically
+from data.shards import write_atomically
 from eval.perplexity import PerplexityEvaluator
 from models.accounting import count_parameters, describe, memory, peak_flops, training_flops_per_token
 from models.config import ConfigError
@@ -43,6 +45,7 @@ from training.checkpoint import (
 )
 from training.config import Config, TrainingError, resolved
 from training.curves import draw_curves
+from training.data import check_same_data, open_stream, validation_folders
 from training.distributed import World, distributed_world
 from training.garbage import GarbageCollection
 from training.lock import run_lock
@@ -110,13 +113,10 @@ def choose_checkpoint(config: Config, warn: Callable[[str], None] = lambda text:
         # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
         check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), resolved(config), run_dir)
     if path is not None:
-        saved, data = read_state(path), read_manifest(Path(config.data.path) / "train").fingerprint
+        saved = read_state(path)
         check_resumable(saved.config, resolved(config), path)
-        if saved.data != data:
-            raise ConfigError(
-                f"data.path={config.data.path} holds other tokens ({data}) than {path} was trained on ({saved.data}): "
-                "give the same data, or start a new run with another run.name."
-            )
+        allowed = config.checkpoint.allow_other_data
+        check_same_data(saved.data, saved.sources, open_stream(config), path, allowed=allowed)
     return path
 
 
@@ -145,10 +145,11 @@ class Trainer:
         self.garbage.start()
         try:
             clock = self.clock = TrainingClock(state.step)
+            self.waited = state.step, self.loader.waited  # at the last record
             if state.step == 0 and config.evaluation.every:
                 self._record(self._evaluate())
             self.loader.prefetch(state.instances)
-            while state.step < self.last_step and not self.world.any(self.stop.signal is not None):
+            while state.step < self.last_step and not self.world.any(self._must_stop()):
                 loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
                 state.step += 1
                 state.instances += config.training.global_batch_size
@@ -166,6 +167,7 @@ class Trainer:
                     self._save()
             with clock.paused():
                 self._finish()
+            self._check_data()
             failed = False
         finally:
             self.garbage.stop()
@@ -175,16 +177,28 @@ class Trainer:
                 self.tracker.finish(exit_code=int(failed))
                 self.log.close()
 
-    def _step(self, micro_batches: list[Tensor]) -> tuple[Tensor, Tensor, float]:
+    def _must_stop(self) -> bool:
+        """Whether this rank cannot, or shall not, do another step."""
+        return self.stop.signal is not None or not self.loader.ready(self.state.instances)
+
+    def _check_data(self) -> None:
+        """Raise, on every rank, when one of them could not read its next batch."""
+        failures = [failure for failure in self.world.gather(self.loader.failure) if failure]
+        if failures:
+            raise TrainingError(
+                f"{failures[0]} The run has stopped after step {self.state.step}, with a checkpoint: the same command "
+                "continues it."
+            )
+
+    def _step(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor, float]:
         """One optimizer step. Returns this rank's mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
         total = torch.zeros(2, device=self.world.device)
         for index, batch in enumerate(micro_batches):
             self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
-            if self.world.device.type == "cuda":
-                batch = batch.pin_memory().to(self.world.device, non_blocking=True)
-            loss = self.model(batch[:, :-1], batch[:, 1:])
-            (sum(loss) / len(micro_batches)).backward()
-            total += torch.stack(loss).detach() / len(micro_batches)
+            batch = batch.to(self.world.device)
+            loss = self.model(batch.inputs, batch.targets, batch.cu_seqlens)
+            (sum(loss) * batch.weight).backward()
+            total += torch.stack(loss).detach() * batch.weight
         limit = self.config.training.max_grad_norm or math.inf
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
@@ -216,6 +230,8 @@ class Trainer:
         if self.peak is not None:
             values["throughput/mfu"] = rate * self.flops_per_token / (self.peak * world.size)
         values["memory/peak_gb"] = self._peak_memory() / 1e9
+        (step, waited), self.waited = self.waited, (self.state.step, self.loader.waited)
+        values["time/data_wait_share"] = (self.loader.waited - waited) / (seconds * (self.state.step - step))
         values["time/elapsed_seconds"] = self.clock.elapsed
         return values
 
@@ -289,32 +305,36 @@ class Trainer:
 
     def _build_data(self) -> None:
         config, world = self.config, self.world
-        dataset = TokenDataset(Path(config.data.path) / "train", config.data.sequence_length)
-        self.manifest = dataset.manifest
-        order = InstanceOrder(config.training.seed, len(dataset))
+        self.stream = open_stream(config)
         self.loader = BatchLoader(
-            dataset,
-            order,
+            self.stream,
             config.training.global_batch_size,
             config.training.micro_batch_size,
             world.rank,
             world.size,
+            document_mask=config.data.document_mask,
+            pin_memory=world.device.type == "cuda",
+            workers=config.data.workers,
+            timeout=config.data.timeout,
         )
         if config.evaluation.every:
             self.evaluator = PerplexityEvaluator(
-                config.data.path,
+                validation_folders(config.data),
                 config.data.sequence_length,
                 instances=config.evaluation.instances,
                 micro_batch_size=config.evaluation.micro_batch_size or config.training.micro_batch_size,
+                document_mask=config.data.document_mask,
                 rank=world.rank,
                 world_size=world.size,
                 reduce=world.sum,
             )
         wanted = config.training.steps * config.training.global_batch_size
-        self.console.say(
-            f"data {config.data.path} | {format_count(dataset.manifest.tokens)} tokens, {len(dataset):,} instances "
-            f"| the whole run reads {wanted:,} ({wanted / len(dataset):.2f} epochs)"
-        )
+        for source in self.stream.sources:
+            share = float(Fraction(source.share))
+            self.console.say(
+                f"data {source.path} | {format_count(source.tokens)} tokens, {source.instances:,} instances "
+                f"| {share:.4%} of the {wanted:,} of the whole run ({wanted * share / source.instances:.2f} epochs)"
+            )
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
@@ -367,7 +387,8 @@ class Trainer:
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
         self.saved_step = self.state.step
-        self.state.data, self.state.tokenizer = self.manifest.fingerprint, self.manifest.tokenizer["sha256"]
+        self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
+        self.state.sources = [asdict(source) for source in self.stream.sources]
         self.state.config = resolved(config)
 
     def _open_run_directory(self) -> None:

@@ -78,7 +78,7 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         timer = StepTimer(steps, world.device.type == "cuda")
         trainer.after_step.append(timer)
         waits: list[float] = []
-        trainer.loader.batch = _timed(trainer.loader.batch, waits)  # type: ignore
+        trainer.loader.ready = _timed(trainer.loader.ready, waits)  # type: ignore
         with suppress(StepTimer.Enough):
             trainer.fit()
         if not world.is_main:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from data.documents import document_boundaries
 from data.loader import BatchLoader
-from data.order import InstanceOrder
+from data.mixture import InstanceStream
 from data.shards import DataError, ShardWriter, TokenDataset
 
 LENGTH = 4
@@ -28,23 +29,45 @@ def dataset(tmp_path: Path) -> TokenDataset:
     return dataset
 
 
-def rows(dataset: TokenDataset, position: int, batch: int, micro: int, world: int, seed: int = 0) -> list[list[int]]:
+def stream(dataset: TokenDataset, seed: int = 0) -> InstanceStream:
+    return InstanceStream([dataset], [1.0], seed)
+
+
+def rows(
+    dataset: TokenDataset, position: int, batch: int, micro: int, world: int, seed: int = 0, workers: int = 1
+) -> list[list[int]]:
     """The global batch at `position`, ranks one after the other."""
     found = []
     for rank in range(world):
-        loader = BatchLoader(dataset, InstanceOrder(seed, len(dataset)), batch, micro, rank, world)
+        loader = BatchLoader(stream(dataset, seed), batch, micro, rank, world, workers=workers)
         for part in loader.batch(position):
-            assert part.dtype == torch.int64
-            assert part.shape == (micro, LENGTH + 1)
-            found += part.tolist()
+            assert part.inputs.dtype == part.targets.dtype == torch.int64
+            assert part.inputs.shape == part.targets.shape == (micro, LENGTH)
+            assert torch.equal(part.inputs[:, 1:], part.targets[:, :-1])
+            assert part.cu_seqlens is None
+            assert part.weight == micro * world / batch
+            found += torch.cat((part.inputs, part.targets[:, -1:]), 1).tolist()
         loader.close()
     return found
 
 
+@pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(("micro", "world"), [(1, 1), (4, 1), (12, 1), (3, 2), (1, 3), (2, 6), (1, 12)])
-def test_any_ranks_and_micro_batches_give_the_same_global_batch(dataset: TokenDataset, micro: int, world: int) -> None:
+def test_any_ranks_micro_batches_and_workers_give_the_same_global_batch(
+    dataset: TokenDataset, micro: int, world: int, workers: int
+) -> None:
     for position in (0, 12, 48, 500):
-        assert rows(dataset, position, 12, micro, world) == rows(dataset, position, 12, 12, 1)
+        assert rows(dataset, position, 12, micro, world, workers=workers) == rows(dataset, position, 12, 12, 1)
+
+
+def test_another_batch_size_goes_on_with_the_same_stream(dataset: TokenDataset) -> None:
+    want = [row for position in range(0, 96, 12) for row in rows(dataset, position, 12, 4, 1)]
+    sizes = [12, 12, 24, 6, 6, 36]  # changed on the way, at positions that the instances consumed give
+    got, position = [], 0
+    for size in sizes:
+        got += rows(dataset, position, size, 3, 2)
+        position += size
+    assert got == want
 
 
 def test_an_epoch_of_batches_holds_each_instance_once_and_wraps_within_a_batch(dataset: TokenDataset) -> None:
@@ -63,13 +86,14 @@ def test_two_loaders_agree_and_seeds_differ(dataset: TokenDataset) -> None:
 
 
 def test_prefetching_changes_nothing_also_when_another_batch_is_asked_for(dataset: TokenDataset) -> None:
-    order = InstanceOrder(0, len(dataset))
-    loader = BatchLoader(dataset, order, 12, 4, 0, 1)
-    plain = BatchLoader(dataset, order, 12, 4, 0, 1)
+    loader = BatchLoader(stream(dataset), 12, 4, 0, 1)
+    plain = BatchLoader(stream(dataset), 12, 4, 0, 1)
     for ahead, wanted in [(0, 0), (12, 12), (24, 36), (36, 36), (60, 48)]:
         loader.prefetch(ahead)
+        assert loader.ready(ahead)
         for first, second in zip(loader.batch(wanted), plain.batch(wanted), strict=True):
-            assert torch.equal(first, second)
+            assert torch.equal(first.inputs, second.inputs)
+            assert torch.equal(first.targets, second.targets)
     loader.close()
     plain.close()
 
@@ -84,28 +108,71 @@ def test_a_prefetched_batch_is_read_in_the_background_and_once(dataset: TokenDat
 
     watched = Watched(dataset.folder, LENGTH)
     watched.threads = []
-    loader = BatchLoader(watched, InstanceOrder(0, len(watched)), 12, 4, 0, 1)
+    loader = BatchLoader(stream(watched), 12, 4, 0, 1)
     loader.prefetch(0)
     loader.batch(0)
     assert len(watched.threads) == 12
     assert threading.get_ident() not in watched.threads
-    loader.batch(12)
-    assert watched.threads[12:] == [threading.get_ident()] * 12
     loader.close()
     assert not [thread for thread in threading.enumerate() if thread.ident in watched.threads[:12]]
 
 
-def test_an_error_of_the_background_read_reaches_the_reader(dataset: TokenDataset) -> None:
-    loader = BatchLoader(dataset, InstanceOrder(0, len(dataset)), 12, 4, 0, 1)
-    loader.prefetch(-100)
-    with pytest.raises(ValueError, match="negative"):
-        loader.batch(-100)
+def test_a_lost_file_is_an_error_with_its_name_and_the_loader_says_so_before_the_step(dataset: TokenDataset) -> None:
+    loader = BatchLoader(stream(dataset), 12, 4, 0, 1)
+    assert loader.ready(0)
+    (dataset.folder / "00001.bin").unlink()
+    assert len(loader.batch(0)) == 3
+    loader.prefetch(12)
+    assert not loader.ready(12)
+    assert loader.failure is not None
+    assert "00001.bin cannot be read any more" in loader.failure
+    with pytest.raises(DataError, match=r"00001\.bin cannot be read any more"):
+        loader.batch(24)
+    loader.close()
+
+
+def test_a_file_that_is_cut_short_is_an_error_and_not_the_end_of_the_process(dataset: TokenDataset) -> None:
+    loader = BatchLoader(stream(dataset), 12, 4, 0, 1)
+    (dataset.folder / "00002.bin").write_bytes(b"")
+    with pytest.raises(DataError, match=r"00002\.bin has changed since it was opened \(0 bytes, 1\d\d before\)"):
+        loader.batch(0)
+    loader.close()
+
+
+def test_a_read_that_hangs_is_an_error_in_time_and_does_not_hold_the_process(dataset: TokenDataset) -> None:
+    release = threading.Event()
+
+    class Hanging(TokenDataset):
+        def __getitem__(self, index: int) -> np.ndarray:
+            release.wait(20)
+            return super().__getitem__(index)
+
+    loader = BatchLoader(stream(Hanging(dataset.folder, LENGTH)), 12, 4, 0, 1, timeout=0.05)
+    with pytest.raises(DataError, match=r"gave no batch within data\.timeout=0\.05 seconds"):
+        loader.batch(0)
+    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("batch-loader"))
+    release.set()
+    loader.close()
+
+
+def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, vocab_size=10, eos_id=9, tokens_per_file=60) as writer:
+        writer.write([[1, 2, 3, 70, 5, 6]], text_bytes=1)
+        writer.finish(tokenizer={"name": "t", "sha256": "0"}, preparation={})
+    loader = BatchLoader(stream(TokenDataset(tmp_path, LENGTH)), 1, 1, 0, 1)
+    with pytest.raises(DataError, match="holds the id 70 and its tokenizer has only 10"):
+        loader.batch(0)
     loader.close()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_by_name(dataset: TokenDataset) -> None:
-    order = InstanceOrder(0, len(dataset))
     with pytest.raises(DataError, match=r"training.global_batch_size=12 .* training.micro_batch_size=4 times 2"):
-        BatchLoader(dataset, order, 12, 4, 0, 2)
-    with pytest.raises(ValueError, match="permutes 7"):
-        BatchLoader(dataset, InstanceOrder(0, 7), 12, 4, 0, 1)
+        BatchLoader(stream(dataset), 12, 4, 0, 2)
+
+
+def test_document_boundaries_come_with_the_batch_when_they_are_asked_for(dataset: TokenDataset) -> None:
+    loader = BatchLoader(stream(dataset), 12, 4, 0, 1, document_mask=True)
+    for part in loader.batch(0):
+        assert part.cu_seqlens is not None
+        assert part.cu_seqlens.tolist() == document_boundaries(part.inputs.numpy(), 999).tolist()
+    loader.close()

@@ -48,6 +48,30 @@ def test_every_position_receives_every_instance_equally_often(size: int) -> None
         assert chi_square < size - 1 + 5 * np.sqrt(2 * (size - 1))
 
 
+def test_every_pair_of_positions_receives_every_pair_of_instances_equally_often() -> None:
+    size, epochs = 12, 30_000
+    rows = InstanceOrder(11, size).order(np.arange(size * epochs)).reshape(epochs, size)
+    pairs = size * (size - 1)
+    for first, second in ((0, 1), (5, 6), (0, 11), (3, 8)):
+        counts = np.bincount(rows[:, first] * size + rows[:, second], minlength=size * size).reshape(size, size)
+        assert not np.diag(counts).any()
+        counts = counts[~np.eye(size, dtype=bool)]
+        chi_square = ((counts - epochs / pairs) ** 2 / (epochs / pairs)).sum()
+        # Mean pairs - 1, variance 2 (pairs - 1): five standard deviations, on both sides.
+        assert abs(chi_square - (pairs - 1)) < 5 * np.sqrt(2 * (pairs - 1))
+
+
+def test_an_instance_stands_anywhere_in_the_next_epoch() -> None:
+    size, epochs = 12, 30_000
+    rows = InstanceOrder(5, size).order(np.arange(size * epochs)).reshape(epochs, size)
+    places = np.argsort(rows, axis=1)  # [epochs, size], where each instance stands
+    counts = np.bincount((places[:-1] * size + places[1:]).reshape(-1), minlength=size * size)
+    expected = (epochs - 1) * size / size**2
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    freedom = (size - 1) ** 2  # rows and columns have given sums
+    assert abs(chi_square - freedom) < 5 * np.sqrt(2 * freedom)
+
+
 def test_neighbours_do_not_stay_neighbours() -> None:
     size = 4097
     found = InstanceOrder(0, size).order(np.arange(size))

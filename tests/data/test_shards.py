@@ -9,15 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import data.shards
 from data.shards import (
     DataError,
     Manifest,
     ShardWriter,
     TokenDataset,
+    TokenStream,
     dtype_for,
     read_manifest,
     validation_domains,
     verify_checksums,
+    verify_checksums_once,
 )
 
 EOS = 9
@@ -130,6 +133,55 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     read_manifest(tmp_path)  # sizes are right
     with pytest.raises(DataError, match=r"00000.bin is damaged"):
         verify_checksums(tmp_path)
+
+
+def test_an_altered_file_is_found_at_the_first_opening_and_after_a_change_and_no_time_lost_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = write(tmp_path, DOCUMENTS)
+    path = tmp_path / manifest.files[1].name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"00001.bin is damaged \(its SHA-256"):
+        verify_checksums_once(tmp_path)
+    path.write_bytes(content)
+    said: list[str] = []
+    monkeypatch.setattr(data.shards, "WORTH_A_LINE", 0)
+    for _ in range(3):
+        assert verify_checksums_once(tmp_path, said.append) == manifest
+    assert len(said) == 1
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"00001.bin is damaged"):
+        verify_checksums_once(tmp_path)
+    path.write_bytes(content)
+    verify_checksums_once(tmp_path, said.append)
+    write(tmp_path, DOCUMENTS[1:])  # another preparation in the same place
+    verify_checksums_once(tmp_path, said.append)
+    assert len(said) == 3
+
+
+def test_a_folder_that_cannot_be_written_is_verified_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, DOCUMENTS)
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(data.shards, "write_atomically", refuse)
+    monkeypatch.setattr(data.shards, "WORTH_A_LINE", 0)
+    said: list[str] = []
+    for _ in range(2):
+        verify_checksums_once(tmp_path, said.append)
+    assert len(said) == 2
+
+
+def test_a_stream_is_read_in_chunks_that_cover_it(tmp_path: Path) -> None:
+    write(tmp_path, DOCUMENTS)
+    chunks = list(TokenStream(tmp_path).chunks(3))
+    assert max(map(len, chunks)) == 3
+    assert np.concatenate(chunks).tolist() == stream(DOCUMENTS)
+    assert len(TokenStream(tmp_path)) == len(stream(DOCUMENTS))
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"version": 1}', '{"version": 1, "files": 3}'])

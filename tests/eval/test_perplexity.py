@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.shards import TokenDataset, read_manifest
+from data.shards import TokenDataset, read_manifest, validation_domains
 from eval.perplexity import PerplexityEvaluator
 from tests.models.plain import build, small
 from tests.shards import VOCAB
@@ -18,6 +18,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     return build(small(vocab_size=VOCAB, depth_kv=True, ffn_kv_proj=True), torch.float32)
+
+
+def domains(shards):
+    return {name: Path(shards) / "validation" / name for name in validation_domains(shards)}
 
 
 def expected_loss(model, shards, domain, instances):
@@ -31,7 +35,7 @@ def expected_loss(model, shards, domain, instances):
 @pytest.mark.parametrize("instances", [1, 5, None])
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
 def test_loss_perplexity_and_bits_per_byte_of_every_domain(model, shards, instances, micro_batch_size):
-    evaluator = PerplexityEvaluator(shards, 16, instances=instances, micro_batch_size=micro_batch_size)
+    evaluator = PerplexityEvaluator(domains(shards), 16, instances=instances, micro_batch_size=micro_batch_size)
     metrics = evaluator.evaluate(model, CPU)
     losses = []
     for domain in ("even", "odd"):
@@ -48,7 +52,7 @@ def test_loss_perplexity_and_bits_per_byte_of_every_domain(model, shards, instan
 @pytest.mark.parametrize("world_size", [2, 3, 7])
 def test_ranks_together_read_what_one_reads(model, shards, world_size):
     """Every rank sees equally many batches; their sums are those of one process."""
-    alone = PerplexityEvaluator(shards, 16, instances=5, micro_batch_size=2).evaluate(model, CPU)
+    alone = PerplexityEvaluator(domains(shards), 16, instances=5, micro_batch_size=2).evaluate(model, CPU)
     totals, batches = {}, set()
 
     def keep(rank):
@@ -60,7 +64,7 @@ def test_ranks_together_read_what_one_reads(model, shards, world_size):
             return total.clamp_min(1)
 
         evaluator = PerplexityEvaluator(
-            shards, 16, instances=5, micro_batch_size=2, rank=rank, world_size=world_size, reduce=reduce
+            domains(shards), 16, instances=5, micro_batch_size=2, rank=rank, world_size=world_size, reduce=reduce
         )
         batches.add(tuple(len(evaluator._batches(dataset)) for dataset in evaluator.datasets.values()))
         evaluator.evaluate(model, CPU)
@@ -75,7 +79,7 @@ def test_ranks_together_read_what_one_reads(model, shards, world_size):
 
 
 def test_evaluation_leaves_no_graph_and_can_be_followed_by_training(model, shards):
-    PerplexityEvaluator(shards, 16, instances=2, micro_batch_size=2).evaluate(model, CPU)
+    PerplexityEvaluator(domains(shards), 16, instances=2, micro_batch_size=2).evaluate(model, CPU)
     ids = torch.arange(1, 18)[None]
     sum(model(ids[:, :-1], ids[:, 1:])).backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -1,10 +1,12 @@
 """The decoder against transformers' OLMo 2 and against a stream that leaves everything to autograd."""
 
+import numpy as np
 import pytest
 import torch
 
 import moda
 import models.decoder
+from data.documents import micro_batch
 from models.config import ConfigError
 from models.decoder import Decoder, Loss
 from models.huggingface import load_hugging_face, to_hugging_face
@@ -120,6 +122,42 @@ def test_a_document_gives_the_same_logits_alone_and_among_others(depth):
     packed = model(ids, cu_seqlens=torch.tensor([0, 5, 12, 13, 24]))
     torch.testing.assert_close(packed[0, 5:], model(ids[:1, 5:])[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(packed[1, 1:], model(ids[1:, 1:])[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_logits_of_a_document_do_not_change_when_its_neighbours_do(depth):
+    """Boundaries as the loader makes them, filled up with documents of no tokens; the depth stream included."""
+    eos, rows = 99, np.random.default_rng(0).integers(0, 99, size=(2, 25))
+    rows[0, [6, 11, 12]] = rows[1, [3, 17]] = eos
+    model = build(small(depth_kv=depth, ffn_kv_proj=depth), torch.float32)
+    batch = micro_batch(rows, eos, 1.0)
+    logits = model(batch.inputs, cu_seqlens=batch.cu_seqlens)
+    assert (batch.cu_seqlens[-2:] == 48).all(), "one document of no tokens at least"
+    changed = rows.copy()
+    changed[0, 0:6] = (changed[0, 0:6] + 1) % 99
+    changed[0, 13:] = (changed[0, 13:] + 1) % 99
+    changed[1, 0], changed[1, 3], changed[1, 2] = eos, 5, eos  # boundaries move too
+    other = micro_batch(changed, eos, 1.0)
+    moved = model(other.inputs, cu_seqlens=other.cu_seqlens)
+    assert torch.equal(moved[0, 7:13], logits[0, 7:13])
+    assert torch.equal(moved[1, 18:], logits[1, 18:])
+    assert not torch.equal(moved[0, :6], logits[0, :6])
+    unmasked = model(batch.inputs)
+    assert not torch.allclose(unmasked[0, 7:13], logits[0, 7:13])
+    positions = models.decoder._positions(batch.inputs, batch.cu_seqlens)
+    assert positions[0].tolist() == [*range(7), *range(5), 0, *range(11)]
+    assert positions[1].tolist() == [*range(4), *range(14), *range(6)]
+
+
+@pytest.mark.parametrize("depth", [False, True])
+def test_a_loss_of_one_document_has_no_gradient_in_the_others(depth):
+    eos, rows = 99, np.random.default_rng(0).permutation(98)[None, :25].copy()
+    rows[0, [6, 14]] = eos
+    model = build(small(depth_kv=depth, ffn_kv_proj=depth, tie_embeddings=False))
+    batch = micro_batch(rows, eos, 1.0)
+    model(batch.inputs, cu_seqlens=batch.cu_seqlens)[0, 7:15].logsumexp(-1).sum().backward()
+    touched = model.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()
+    assert sorted(touched) == sorted(rows[0, 7:15].tolist())
 
 
 def test_depth_scores_do_not_depend_on_position(monkeypatch):

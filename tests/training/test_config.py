@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from models.config import ConfigError
-from training.config import Config, resolved
+from training.config import Config, MixtureEntry, resolved
 
 
 def with_value(key, value):
@@ -42,6 +42,9 @@ def test_the_defaults_are_valid():
         ("model.depth_first_layers", 2),
         ("data.path", ""),
         ("data.sequence_length", 0),
+        ("data.packing", "worst_fit"),
+        ("data.workers", 0),
+        ("data.timeout", 0.0),
         ("training.steps", 0),
         ("training.global_batch_size", -8),
         ("training.micro_batch_size", 0),
@@ -82,6 +85,24 @@ def test_a_value_that_cannot_run_is_named_with_its_key(key, value):
     with pytest.raises(ConfigError) as caught:
         with_value(key, value).validate()
     assert str(caught.value).startswith(f"{key}={value}".replace("True", "true"))
+
+
+@pytest.mark.parametrize(
+    ("path", "entries", "message"),
+    [
+        ("shards", [("a", 1.0)], "data.path=shards cannot be used: data.mixture is given too"),
+        ("", [], "data.path= cannot be used"),
+        ("", [("a", 1.0), ("", 1.0)], "data.mixture[1].path= cannot be used"),
+        ("", [("a", 1.0), ("b", 0.0)], "data.mixture[1].weight=0.0 cannot be used"),
+        ("", [("a", 1.0), ("b", 1.0), ("a", 2.0)], "data.mixture[2].path=a cannot be used: it is there before"),
+    ],
+)
+def test_a_mixture_that_cannot_run_is_named_with_its_entry(path, entries, message):
+    config = Config()
+    config.data.path, config.data.mixture = path, [MixtureEntry(*entry) for entry in entries]
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from data.shards import DataError
 from models.config import ConfigError
 from tests.shards import VOCAB, tiny_config, write_shards
 from training.compose import Job
+from training.config import MixtureEntry
+from training.data import validation_folders
 from training.preflight import checked, preflight
 
 
@@ -124,6 +126,38 @@ def test_more_ranks_than_gpus_are_refused(config, monkeypatch):
     assert "4 ranks of this host share 2 GPUs" in message(ConfigError, config)
     config.training.device = "cpu"
     preflight(config)
+
+
+def test_an_altered_shard_is_found_unless_the_checksums_are_left_out(config, tmp_path):
+    config.data.path = str(write_shards(tmp_path / "shards"))
+    path = tmp_path / "shards" / "validation" / "odd" / "00000.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    assert message(DataError, config).startswith(f"{path} is damaged (its SHA-256 is not the manifest's)")
+    config.data.verify = False
+    preflight(config)
+
+
+def test_a_mixture_is_checked_as_one(config, tmp_path):
+    paths = [str(write_shards(tmp_path / name, seed=seed)) for seed, name in enumerate(("web", "code"))]
+    config.data.path, config.data.mixture = "", [MixtureEntry(paths[0], 0.7), MixtureEntry(paths[1], 0.3)]
+    preflight(config)
+    assert sorted(validation_folders(config.data)) == ["code-even", "code-odd", "web-even", "web-odd"]
+    (tmp_path / "code" / "validation" / "odd").rename(tmp_path / "code" / "validation" / "prime")
+    assert sorted(validation_folders(config.data)) == ["code-even", "odd", "prime", "web-even"]
+    config.data.mixture[1].path = str(write_shards(tmp_path / "other", tokenizer="1" * 64))
+    assert "different tokenizers" in message(DataError, config)
+    config.data.mixture[1].path = str(tmp_path / "nothing")
+    assert message(DataError, config).startswith(f"data.path={tmp_path / 'nothing'} holds no token shards")
+
+
+def test_packing_happens_before_the_run_and_says_so(config, tmp_path):
+    config.data.path, config.data.packing = str(write_shards(tmp_path / "shards")), "best_fit"
+    said = []
+    preflight(config, said.append)
+    assert "packing the 60 documents" in said[0]
+    assert "% padding" in said[1]
+    preflight(config, said.append)
+    assert len(said) == 2
 
 
 def test_nothing_is_written(config, tmp_path):

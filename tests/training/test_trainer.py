@@ -199,7 +199,7 @@ def test_a_resume_that_would_be_another_run_is_refused_and_loses_nothing(change,
 
 def test_other_data_on_resume_is_refused(finished, tmp_path):
     config = tiny_config(write_shards(tmp_path / "other", seed=1), finished)
-    with pytest.raises(ConfigError, match="holds other tokens"):
+    with pytest.raises(ConfigError, match="was trained on other data"):
         train(config)
 
 

@@ -1,0 +1,91 @@
+"""scripts/inspect_data.py as a user calls it."""
+
+import json
+import shutil
+
+import pytest
+
+from data.shards import read_manifest
+from scripts.inspect_data import main
+from tests.shards import write_shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_shards(tmp_path_factory.mktemp("inspected") / "corpus")
+
+
+def test_a_report_has_all_that_was_asked_for(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "corpus")
+    options = ["--sequence-length", "64", "--instances", "3", "--histogram", "--verify", "--overlap", "5"]
+    assert main([str(tmp_path / "corpus"), *options, "--picture", str(tmp_path / "batch.png")]) == 0
+    said = capsys.readouterr().out
+    manifest = read_manifest(folder / "train")
+    for words in (
+        f"train: 60 documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text",
+        f"fingerprint {manifest.fingerprint}",
+        "tokenizer counting",
+        "validation/odd: the checksums of all files are right",
+        "120 of 120 ids occur",
+        "documents by length:",
+        "5-grams occur in training",
+        "instance ",
+        "picture ",
+    ):
+        assert words in said
+    assert (tmp_path / "batch.png").stat().st_size > 5000
+
+
+def test_instances_are_shown_with_their_documents_and_the_order_of_a_run(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "corpus")
+    assert main([str(tmp_path / "corpus"), "--sequence-length", "200", "--instances", "1", "--position", "7"]) == 0
+    windows = capsys.readouterr().out
+    assert (
+        main([str(tmp_path / "corpus"), *["--sequence-length", "200", "--instances", "30", "--packing", "best_fit"]])
+        == 0
+    )
+    packed = capsys.readouterr().out
+    assert " 0'" in windows, "a document ends with EOS, 0"
+    assert "places of padding" in packed
+    assert "% padding" in packed
+
+
+def test_a_mixture_shows_its_shares_over_windows(folder, tmp_path, capsys):
+    other = write_shards(tmp_path / "other", seed=3)
+    assert main([f"{folder}=0.7", f"{other}=0.3", *["--sequence-length", "16", "--windows", "25"]]) == 0
+    said = capsys.readouterr().out
+    assert "period 10; instances of each dataset in 100,000 windows of 25" in said
+    rows = [line.split() for line in said.splitlines() if line.split()[1:2] and line.split()[1] in ("7/10", "3/10")]
+    assert [row[2:5] for row in rows] == [["17.50", "17", "18"], ["7.50", "7", "8"]]
+
+
+def test_a_damaged_file_and_wrong_counts_are_problems_with_an_exit_status(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "corpus")
+    path = copy / "validation" / "even" / "00000.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + b"\x05\x00")
+    assert main([str(copy), "--verify", "--histogram"]) == 1
+    said = capsys.readouterr().out
+    assert f"problem: {path} is damaged (its SHA-256" in said
+    assert "7 EOS ids were found and the manifest has 8 documents" in said
+    manifest = json.loads((copy / "train" / "manifest.json").read_text())
+    assert manifest["documents"] == 60
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere/train does not exist"),
+        (["{folder}=much"], "write PATH=WEIGHT with a number"),
+        (["{folder}=-1", "--windows", "5", "--sequence-length", "16"], "weight of -1.0"),
+        (["{folder}", "--instances", "-3"], "--instances -3 cannot be used"),
+        (["{folder}", "--picture", "no/where/x.png"], "--picture no/where/x.png cannot be written"),
+        (["{folder}", "--sequence-length", "100000", "--instances", "1"], "is longer than the data"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments, message, folder, capsys):
+    assert main([argument.format(folder=folder) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
