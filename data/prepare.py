@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from data.duplicates import HashPart, find_repeats, hashes_path, repeats_path
 from data.filters import Duplicate, build_filters
@@ -144,7 +144,8 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
             tokenizer = _trained(splits, request, options, output)
             _check_fits(tokenizer, request, options)
         _check_same_tokenizer(tokenizer, finished, output)
-        _write_tokenizer(tokenizer, splits, output)
+        if options.tasks == 1:  # tasks would write it all at once; the command that ends the preparation does
+            _write_tokenizer(tokenizer, splits, output)
     if unfinished:
         assert tokenizer is not None
         planned = [_plan(split, output, settings[split.name], tokenizer) for split in unfinished]
@@ -341,9 +342,8 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
         folder = plan.folder / DUPLICATES_NAME
         folder.mkdir(parents=True, exist_ok=True)
         for index, part in enumerate(plan.parts):
-            assert not isinstance(part, TokenFile)
             if index % options.tasks == options.task and not hashes_path(folder, index).exists():
-                jobs.append(HashPart(part, folder, index))
+                jobs.append(HashPart(cast(Part, part), folder, index))  # token files have no filters
     processes, threads = _processes_and_threads(options, len(jobs), SMALL)
     for _ in _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks):
         pass

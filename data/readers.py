@@ -1,7 +1,8 @@
 """Documents inside files: JSON lines, Parquet and plain text, each as it is, with gzip or with Zstandard.
 
 In: pieces of files. Out: texts in the order of the file and, between them, a `Broken` for whatever is no document: what
-is wrong in which file and line. Whether to stop or to count it and go on is for the caller to decide. Memory holds one line, or one plain-text document, whatever the size of the file.
+is wrong in which file and line. Whether to stop or to count it and go on is for the caller to decide. Memory holds one
+line, or one plain-text document, whatever the size of the file.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 In: a file, a folder, a hub id, or texts to train on. Out: a `TextTokenizer`.
 
 Documents are encoded without special tokens, and the *names* of special tokens inside a text are plain text: a document
-that speaks of "<|endoftext|>" does not contain one. What ends a document is written by `data.shards`: always one EOS id.
+that speaks of "<|endoftext|>" does not contain one. What ends a document, `data.shards` writes: one EOS id, always.
 """
 
 from __future__ import annotations

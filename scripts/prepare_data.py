@@ -32,6 +32,7 @@ from data.several_sources import SINGLE_SOURCES, SeveralSources
 from data.shards import DataError
 from data.sources import Source
 
+WAITING = 3  # exit status of a task that other tasks have to end before
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SOURCES: dict[str, type[Source]] = SINGLE_SOURCES | {"several": SeveralSources}
 
@@ -144,7 +145,7 @@ def _data_overrides(source: Source, output: str) -> list[str]:
     if not isinstance(source, SeveralSources):
         return [f"data.path={output}"]
     entries = [f"{{path: {output}/{name}, weight: {weight:g}}}" for name, weight in source.weights().items()]
-    return [f"data.mixture=[{', '.join(entries)}]"]
+    return ["data=mixture", f"data.mixture=[{', '.join(entries)}]"]
 
 
 def main(arguments: list[str]) -> int:
@@ -167,7 +168,7 @@ def main(arguments: list[str]) -> int:
         return 2
     except WaitingForTasks as waiting:
         print(waiting, file=sys.stderr)
-        return 3
+        return WAITING
     except KeyboardInterrupt:
         print("interrupted: run the same command again; it keeps the parts that are finished.", file=sys.stderr)
         return 130
