@@ -213,7 +213,7 @@ def memory(options: argparse.Namespace, scratch: Path) -> None:
         for copy in range(times):
             for path in (scratch / "one").iterdir():
                 os.link(path, folder / f"{copy:05d}-{path.name}")
-        process = subprocess.Popen(command(folder, scratch / "out", options), stdout=sys.stderr)
+        process = subprocess.Popen(command(folder, scratch / "out", options), stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid))
@@ -241,13 +241,13 @@ def kill(options: argparse.Namespace, scratch: Path) -> None:
     generator = random.Random(options.seed)
     cut_slice(options.paths, options.megabytes, scratch / "slice")
     begun = time.monotonic()
-    subprocess.run(command(scratch / "slice", scratch / "whole", options), check=True, stdout=sys.stderr)
+    subprocess.run(command(scratch / "slice", scratch / "whole", options), check=True, stdout=subprocess.DEVNULL)
     duration = time.monotonic() - begun
     expected = digests(scratch / "whole")
     kills = finished = 0
     parts_left = []
     while kills < options.kills or not finished:
-        process = subprocess.Popen(command(scratch / "slice", scratch / "out", options), stdout=sys.stderr)
+        process = subprocess.Popen(command(scratch / "slice", scratch / "out", options), stdout=subprocess.DEVNULL)
         timer = threading.Timer(generator.uniform(0, duration), process.send_signal, [signal.SIGKILL])
         if kills < options.kills:
             timer.start()
