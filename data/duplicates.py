@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from data.readers import Broken
-from data.shards import DataError
 from data.sources import Part
 from data.tokenize import TextTokenizer
+from data.tokenized_parts import writing
 
 ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4")])  # a document's hash and its place in its part
 RANGE_DOCUMENTS = 4_000_000  # compared at once: about 400 MB with the sorting
@@ -92,13 +92,9 @@ def find_repeats(folder: Path, parts: int) -> None:
 def _save(path: Path, array: np.ndarray) -> None:
     """Write in one step, by a name that no other process uses: tasks on several machines may write the same file."""
     partial = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.partial")
-    try:
+    with writing(path.parent):
         with open(partial, "wb") as file:
             np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written ({error.strerror}): make room, then give the same command again."
-        ) from error

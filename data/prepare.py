@@ -43,7 +43,7 @@ from data.shards import (
 )
 from data.sources import Part, Source, Split, TokenFile
 from data.tokenize import TRAINING_BYTES, TextTokenizer, first_texts, load_tokenizer, train_tokenizer
-from data.tokenized_parts import ON_ERROR, TokenizePart
+from data.tokenized_parts import ON_ERROR, TokenizePart, writing
 from data.workers import Job, run_jobs
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
@@ -145,7 +145,8 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
             _check_fits(tokenizer, request, options)
         _check_same_tokenizer(tokenizer, finished, output)
         if options.tasks == 1:  # tasks would write it all at once; the command that ends the preparation does
-            _write_tokenizer(tokenizer, splits, output)
+            with writing(output):
+                _write_tokenizer(tokenizer, splits, output)
     if unfinished:
         assert tokenizer is not None
         planned = [_plan(split, output, settings[split.name], tokenizer) for split in unfinished]
@@ -157,7 +158,8 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
                 "done, give the command once more without task and tasks."
             )
         for plan in planned:
-            finished[plan.split.name] = _join(plan, tokenizer, options)
+            with writing(plan.folder):
+                finished[plan.split.name] = _join(plan, tokenizer, options)
     return {split.name: finished[split.name] for split in splits}
 
 
@@ -340,7 +342,8 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
     jobs: list[Job] = []
     for plan in planned:
         folder = plan.folder / DUPLICATES_NAME
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for index, part in enumerate(plan.parts):
             if index % options.tasks == options.task and not hashes_path(folder, index).exists():
                 jobs.append(HashPart(cast(Part, part), folder, index))  # token files have no filters

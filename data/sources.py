@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.embedded import DOMAINS, build_corpus
-from data.readers import COMPRESSIONS, PLAIN_TEXT, Broken, Item, Piece, cut_file, file_format, read_piece
+from data.readers import COMPRESSIONS, FORMATS, PLAIN_TEXT, Broken, Item, Piece, cut_file, file_format, read_piece
 from data.shards import DataError
 
 TOKEN_SUFFIXES = (".npy", ".bin")
@@ -82,7 +82,7 @@ class FilePart:
             before += piece.size
 
 
-def _matching(path: str, key: str, known: Callable[[Path], bool]) -> list[Path]:
+def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iterable[str]) -> list[Path]:
     """Files of a folder that are `known` by their names, or all files that a path or a glob (with ** too) names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -92,7 +92,7 @@ def _matching(path: str, key: str, known: Callable[[Path], bool]) -> list[Path]:
         raise DataError(f"{key}={path} is no folder and no file, and no file matches it: give a folder, file or glob.")
     for entry in found:
         if not known(entry):
-            raise DataError(f"{key}={path} names {entry}, whose suffix is unknown: narrow it with a suffix.")
+            raise DataError(f"{key}={path} names {entry}, whose suffix is unknown: use {', '.join(suffixes)}.")
     return found
 
 
@@ -108,13 +108,13 @@ def _one_format(paths: list[Path], key: str) -> list[Path]:
 
 
 def _split_files(
-    path: str, validation: str | None, known: Callable[[Path], bool]
+    path: str, validation: str | None, known: Callable[[Path], bool], suffixes: Iterable[str]
 ) -> list[tuple[str, list[Path], list[str]]]:
     """(split name, its files, their names below the source) of a source of files, `train` last.
 
     Validation domains are the files and subfolders of the folder `validation`, by default the one inside `path`.
     """
-    train = _matching(path, "source.path", known)
+    train = _matching(path, "source.path", known, suffixes)
     if not train:
         raise DataError(f"source.path={path} holds no file of a known suffix: give a folder, file or glob of them.")
     found: dict[str, list[Path]] = {}
@@ -157,7 +157,10 @@ class Files:
             raise DataError(f"source.plain_text={self.plain_text} is unknown: choose {', '.join(PLAIN_TEXT)}.")
         if self.part_megabytes <= 0:
             raise DataError(f"source.part_megabytes={self.part_megabytes} cannot be used: give a positive number.")
-        return [self._split(*found) for found in _split_files(self.path, self.validation, _is_text)]
+        return [
+            self._split(*found)
+            for found in _split_files(self.path, self.validation, _is_text, [*FORMATS, *COMPRESSIONS])
+        ]
 
     def _split(self, name: str, paths: list[Path], names: list[str]) -> Split:
         sizes = [path.stat().st_size for path in paths]
@@ -198,7 +201,7 @@ class TokenFiles:
 
     def splits(self) -> list[Split]:
         """Raises `DataError` when there is no training file."""
-        found = _split_files(self.path, self.validation, lambda path: path.suffix in TOKEN_SUFFIXES)
+        found = _split_files(self.path, self.validation, lambda path: path.suffix in TOKEN_SUFFIXES, TOKEN_SUFFIXES)
         return [self._split(*entry) for entry in found]
 
     @staticmethod

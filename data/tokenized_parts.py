@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,6 +30,20 @@ BATCH_DOCUMENTS = 2048
 ON_ERROR = ("stop", "skip")
 
 Report = Callable[[int, int], None]  # told how much of the source was read, and how many ids were made, since last time
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What the disk refuses below `folder` inside the context is a `DataError` that says how to go on."""
+    try:
+        yield
+    except ConnectionError:  # of a report: the process that asked for the work is gone
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder} cannot be written ({error.strerror or error}): make room, then give the same "
+            "command again, which keeps all finished parts."
+        ) from error
 
 
 @dataclass
@@ -56,7 +71,7 @@ class TokenizePart:
 
     def run(self, tokenizer: TextTokenizer, report: Report) -> Manifest:
         """Write the part. Raises `DataError` for broken input with `on_error="stop"`, and when it cannot be written."""
-        try:
+        with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / SKIPPED_NAME).unlink(missing_ok=True)
             with ShardWriter(
@@ -69,14 +84,6 @@ class TokenizePart:
                 if isinstance(self.part, TokenFile):
                     return self._adopt(self.part, tokenizer, writer, report)
                 return self._tokenize(self.part, tokenizer, writer, report)
-        except ConnectionError:  # of the report: the process that asked for this part is gone
-            raise
-        except OSError as error:
-            where = error.filename or self.folder
-            raise DataError(
-                f"{where} cannot be written ({error.strerror or error}): make room, then give the same command again, "
-                "which keeps all finished parts."
-            ) from error
 
     def _adopt(self, file: TokenFile, tokenizer: TextTokenizer, writer: ShardWriter, report: Report) -> Manifest:
         """A manifest beside a link to the file: its ids are counted and checked, not copied."""

@@ -193,13 +193,11 @@ def tree_memory(root: int) -> int:
     return total
 
 
-def command(folder: Path, output: Path, options: argparse.Namespace) -> list[str]:
-    """A preparation of `folder` in parts of a tenth of it, with filters, in two processes."""
-    size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+def command(folder: Path, output: Path, part_bytes: float, filters: str, options: argparse.Namespace) -> list[str]:
+    """A preparation of `folder` in parts of `part_bytes`, in two processes."""
     return [
-        sys.executable, str(PREPARE), "source=files", f"source.path={folder}", f"source.part_megabytes={size / 10}",
-        f"tokenizer={options.tokenizer}", f"output={output}", "workers=2", "on_error=skip",
-        "filters=[{name: duplicate}, {name: length, min_characters: 30}, {name: repetition}]",
+        sys.executable, str(PREPARE), "source=files", f"source.path={folder}", f"tokenizer={options.tokenizer}",
+        f"source.part_megabytes={part_bytes / 1e6}", f"filters={filters}", f"output={output}", "workers=2",
     ]  # fmt: skip
 
 
@@ -207,13 +205,14 @@ def memory(options: argparse.Namespace, scratch: Path) -> None:
     """Print the peak memory of preparations of 1, 2, 4 ... times the same slice, and the slope."""
     rows = []
     for times in [2**i for i in range(options.doublings + 1)]:
-        size, _ = cut_slice(options.paths, options.megabytes, scratch / "one")
+        size, file_bytes = cut_slice(options.paths, options.megabytes, scratch / "one")
         folder = scratch / "many"
         folder.mkdir()
         for copy in range(times):
             for path in (scratch / "one").iterdir():
                 os.link(path, folder / f"{copy:05d}-{path.name}")
-        process = subprocess.Popen(command(folder, scratch / "out", options), stdout=subprocess.DEVNULL)
+        prepare_it = command(folder, scratch / "out", file_bytes / 2, "[{name: length, min_characters: 30}]", options)
+        process = subprocess.Popen(prepare_it, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
             peak = max(peak, tree_memory(process.pid))
@@ -239,15 +238,19 @@ def digests(folder: Path) -> dict[str, str]:
 def kill(options: argparse.Namespace, scratch: Path) -> None:
     """Kill a preparation at random moments, give the same command again each time, and compare with one left alone."""
     generator = random.Random(options.seed)
-    cut_slice(options.paths, options.megabytes, scratch / "slice")
+    _, file_bytes = cut_slice(options.paths, options.megabytes, scratch / "slice")
+    filters = "[{name: duplicate}, {name: length, min_characters: 30}, {name: repetition}]"
+    whole, out = (
+        command(scratch / "slice", scratch / name, file_bytes / 10, filters, options) for name in ("whole", "out")
+    )
     begun = time.monotonic()
-    subprocess.run(command(scratch / "slice", scratch / "whole", options), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(whole, check=True, stdout=subprocess.DEVNULL)
     duration = time.monotonic() - begun
     expected = digests(scratch / "whole")
     kills = finished = 0
     parts_left = []
     while kills < options.kills or not finished:
-        process = subprocess.Popen(command(scratch / "slice", scratch / "out", options), stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(out, stdout=subprocess.DEVNULL)
         timer = threading.Timer(generator.uniform(0, duration), process.send_signal, [signal.SIGKILL])
         if kills < options.kills:
             timer.start()

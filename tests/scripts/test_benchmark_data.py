@@ -38,7 +38,7 @@ def test_killed_at_random_moments_the_shards_are_the_same(
 
 
 def test_the_kill_test_fails_when_shards_differ(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(folder: Path, output: Path, options) -> list[str]:
+    def careless(folder: Path, output: Path, *rest) -> list[str]:
         write = f"p = pathlib.Path({str(output)!r}); p.mkdir(); (p / 'a.bin').write_text(p.name)"
         return [sys.executable, "-c", f"import pathlib; {write}"]
 
