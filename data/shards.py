@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -97,11 +97,6 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Declare `folder` finished."""
-    write_atomically(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-
-
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a finished token dataset, its files checked for existence and size.
 
@@ -172,6 +167,11 @@ def validation_domains(shards_dir: str | Path) -> list[str]:
     return names
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare `folder` finished."""
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
 class ShardWriter:
     """Writes one token dataset: a context manager that takes documents in order and ends with `finish`.
 
@@ -208,7 +208,7 @@ class ShardWriter:
         if self._stream is not None:
             self._stream.close()
 
-    def write(self, documents: Iterable[Sequence[int] | np.ndarray], text_bytes: int) -> None:
+    def write(self, documents: Iterable[list[int] | np.ndarray], text_bytes: int) -> None:
         """Append documents (ids without EOS) whose texts have `text_bytes` UTF-8 bytes together; EOS is added here.
 
         A file is closed after the document that fills it, so each but the last holds `tokens_per_file` ids or more.
