@@ -116,7 +116,7 @@ def build_corpus(folder: Path, max_megabytes: float) -> None:
     if size < 1e6 or not all(validation.values()):
         raise DataError(
             f"only {size / 1e6:.1f} MB of documentation was found in this Python and its packages: install "
-            f"requirements.txt in full, or use source=c4_files."
+            f"requirements.txt in full, or use source=files."
         )
     train.sort(key=lambda document: _hash(document.name))
     shards = max(1, round(size / (SHARD_MEGABYTES * 1e6)))

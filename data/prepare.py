@@ -1,32 +1,55 @@
-"""A whole preparation: every split of a source tokenized into one shards directory, safe to interrupt and to repeat.
+"""A whole preparation: every split of a source tokenized into one shards directory, safe to kill and to repeat.
 
-In: a source, a tokenizer request, an output folder. Out: the shards directory described in `data.shards`.
+In: a source, a tokenizer request, an output folder. Out: the shards directory described in `data.shards`, each split
+with a folder for each part:
 
-A split is finished when its manifest exists. Repeating a command checks and keeps finished splits and makes the others
-from the start. Output made with other settings is refused, never mixed and never overwritten.
+    SPLIT/00000/00000.bin ... manifest.json     a finished part: it is kept, whatever happens to the others
+    SPLIT/00000/skipped.txt                     with on_error=skip: what was broken, by file and line
+    SPLIT/manifest.json                         all parts are finished: the split is one dataset
+
+A part depends on nothing but its own text and the settings, so parts can be made in any order, by any number of
+processes on any number of machines, again and again, with the same bytes. Output made with other settings is refused,
+never mixed and never overwritten.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import time
-from dataclasses import dataclass
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from data.duplicates import HashPart, find_repeats, hashes_path, repeats_path
+from data.filters import Duplicate, build_filters
+from data.progress import progress_bar
+from data.readers import Broken
 from data.shards import (
+    DTYPES,
     MANIFEST_NAME,
     TOKENIZER_NAME,
     DataError,
     Manifest,
+    ShardFile,
+    dtype_for,
     read_manifest,
     verify_checksums,
     write_atomically,
+    write_manifest,
 )
-from data.sources import Source, Split
-from data.tokenize import TextTokenizer, load_tokenizer, tokenize_split, train_tokenizer
+from data.sources import Part, Source, Split, TokenFile
+from data.tokenize import TRAINING_BYTES, TextTokenizer, first_texts, load_tokenizer, train_tokenizer
+from data.tokenized_parts import ON_ERROR, TokenizePart, writing
+from data.workers import Job, run_jobs
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
+SMALL = 10_000_000  # bytes of the source that one process prepares about as fast as several are started
+DUPLICATES_NAME = "duplicates"  # folder inside a split while its duplicates are looked for
+SPLITS = ("train", "validation/*", "*/train", "*/validation/*")  # where splits lie below an output
 
 
 @dataclass
@@ -36,6 +59,7 @@ class TokenizerRequest:
     spec: str  # path, hub id, or "train"
     vocab_size: int  # of a trained one
     eos_token: str | None = None  # null: found in the tokenizer
+    model_vocab_size: int | None = None  # ids that the model has: a tokenizer with more is refused
 
     def __post_init__(self) -> None:
         if self.trained and self.eos_token is not None:
@@ -46,66 +70,149 @@ class TokenizerRequest:
         return self.spec == TRAIN_TOKENIZER
 
 
-def prepare(source: Source, request: TokenizerRequest, output: Path, *, tokens_per_file: int) -> dict[str, Manifest]:
+@dataclass
+class PrepareOptions:
+    """How the work is done. What changes the result is among the settings of a split, what does not is not."""
+
+    tokens_per_file: int = 2**27
+    dtype: str | None = None  # of the ids; None: the narrowest
+    filters: list[dict[str, Any]] = field(default_factory=list)  # as `data.filters.build_filters` takes them
+    on_error: str = "stop"  # or "skip"
+    workers: int | None = None  # processes; None: one for each core
+    task: int = 0  # this is the `task`-th of `tasks` commands, each of which makes its share of the parts
+    tasks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_file < 1:
+            raise DataError(f"tokens_per_file={self.tokens_per_file} cannot be used: use a positive integer.")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise DataError(f"dtype={self.dtype} is unknown: choose {', '.join(DTYPES)}, or null for the narrowest.")
+        if self.on_error not in ON_ERROR:
+            raise DataError(f"on_error={self.on_error} is unknown: choose {' or '.join(ON_ERROR)}.")
+        if self.workers is not None and self.workers < 1:
+            raise DataError(f"workers={self.workers} cannot be used: use at least 1, or null for one a core.")
+        if not 0 <= self.task < self.tasks:
+            raise DataError(f"task={self.task} of tasks={self.tasks} does not exist: count tasks from 0.")
+        build_filters(self.filters)
+
+    @property
+    def finds_duplicates(self) -> bool:
+        return any(isinstance(one, Duplicate) for _, one in build_filters(self.filters))
+
+
+class WaitingForTasks(Exception):
+    """This command did all it can; other tasks of the same preparation have to end first. Says what then to do."""
+
+
+@dataclass
+class _PlannedSplit:
+    """An unfinished split, cut in parts."""
+
+    split: Split
+    folder: Path
+    parts: Sequence[Part] | Sequence[TokenFile]
+    settings: dict[str, Any]
+    manifests: dict[int, Manifest] = field(default_factory=dict)  # of the finished parts
+
+    def part_folder(self, index: int) -> Path:
+        return self.folder / f"{index:05d}"
+
+
+def prepare(source: Source, request: TokenizerRequest, output: Path, options: PrepareOptions) -> dict[str, Manifest]:
     """Prepare every split of `source`; returns the manifests by split name (`train`, `validation/DOMAIN`).
 
-    Validation is written first and `train` last, so a directory with `train/manifest.json` is whole. Raises `DataError`
-    before any work when `output` holds splits with other settings, and for broken input during it.
+    A split is declared finished when all its parts are, validation first and `train` last, so a directory with
+    `train/manifest.json` is whole. With `options.tasks` > 1 only this task's parts are made and no split is declared:
+    a command without tasks does that in the end, and raises nothing but what is wrong. Raises `DataError` before any
+    work when `output` holds splits with other settings, and for broken input during it, and `WaitingForTasks`.
     """
-    if tokens_per_file < 1:
-        raise DataError(f"tokens_per_file={tokens_per_file} cannot be used: use a positive integer.")
     if output.exists() and not output.is_dir():
         raise DataError(f"output={output} is a file: name a folder.")
     splits = source.splits()
     tokenizer = None if request.trained else load_tokenizer(request.spec, request.eos_token)
-    common = {"tokenizer": _tokenizer_settings(request, tokenizer), "tokens_per_file": tokens_per_file}
-    settings = {split.name: {"source": split.settings, **common} for split in splits}
+    if tokenizer is not None:
+        _check_fits(tokenizer, request, options)
+    settings = {split.name: _settings(split, request, tokenizer, options) for split in splits}
     finished = _finished(output, settings)
     for name in finished:
         print(f"{name}: finished before, checking its checksums", flush=True)
         finished[name] = verify_checksums(output / name)
+        shutil.rmtree(output / name / DUPLICATES_NAME, ignore_errors=True)
     unfinished = [split for split in splits if split.name not in finished]
     if unfinished or not _has_tokenizer(output, finished):
-        tokenizer = tokenizer or _train(splits, request.vocab_size)
+        if tokenizer is None:
+            tokenizer = _trained(splits, request, options, output)
+            _check_fits(tokenizer, request, options)
         _check_same_tokenizer(tokenizer, finished, output)
-        output.mkdir(parents=True, exist_ok=True)
-        write_atomically(output / TOKENIZER_NAME, tokenizer.content)
-    for split in unfinished:
+        if options.tasks == 1:  # tasks would write it all at once; the command that ends the preparation does
+            with writing(output):
+                _write_tokenizer(tokenizer, splits, output)
+    if unfinished:
         assert tokenizer is not None
-        begun = time.monotonic()
-        finished[split.name] = tokenize_split(
-            split.open(),
-            tokenizer,
-            output / split.name,
-            tokens_per_file=tokens_per_file,
-            preparation=settings[split.name],
-            label=split.name,
-        )
-        print(f"{split.name}: {summary(finished[split.name])}, {time.monotonic() - begun:.1f} s", flush=True)
-    return finished
+        planned = [_plan(split, output, settings[split.name], tokenizer) for split in unfinished]
+        _make_parts(planned, tokenizer, options)
+        if options.tasks > 1:
+            missing = sum(len(plan.parts) - len(plan.manifests) for plan in planned)
+            raise WaitingForTasks(
+                f"task {options.task} of {options.tasks} is done, of all parts {missing} are not: when all tasks are "
+                "done, give the command once more without task and tasks."
+            )
+        for plan in planned:
+            with writing(plan.folder):
+                finished[plan.split.name] = _join(plan, tokenizer, options)
+    return {split.name: finished[split.name] for split in splits}
 
 
 def summary(manifest: Manifest) -> str:
-    """A token dataset in a few words."""
-    return (
+    """A token dataset in a few words, with what was left out of it and why."""
+    lines = [
         f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes / 1e6:,.1f} MB of text "
         f"({manifest.bytes_per_token:.2f} bytes a token)"
-    )
+    ]
+    lines += [f"    left out: {count:,} ({reason})" for reason, count in manifest.filtered.items()]
+    lines += [f"    skipped as broken: {count:,} ({kind})" for kind, count in manifest.broken.items()]
+    return "\n".join(lines)
 
 
-def _tokenizer_settings(request: TokenizerRequest, tokenizer: TextTokenizer | None) -> dict[str, Any]:
+def _settings(
+    split: Split, request: TokenizerRequest, tokenizer: TextTokenizer | None, options: PrepareOptions
+) -> dict[str, Any]:
+    """What decides the content of a split. `on_error` does not: with it stop, a part has nothing broken or is none."""
     if tokenizer is None:
-        return {"trained_vocab_size": request.vocab_size}
-    return {"sha256": tokenizer.identity["sha256"], "eos_token": tokenizer.eos_token}
+        chosen: dict[str, Any] = {"trained_vocab_size": request.vocab_size}
+    else:
+        chosen = {"sha256": tokenizer.identity["sha256"], "eos_token": tokenizer.eos_token}
+    return {
+        "source": split.settings,
+        "tokenizer": chosen,
+        "tokens_per_file": options.tokens_per_file,
+        "dtype": options.dtype,
+        "filters": options.filters,
+    }
+
+
+def _check_fits(tokenizer: TextTokenizer, request: TokenizerRequest, options: PrepareOptions) -> None:
+    size, limit = tokenizer.vocab_size, request.model_vocab_size
+    if limit is not None and size > limit:
+        raise DataError(
+            f"tokenizer={request.spec} has {size} ids, more than model_vocab_size={limit}: use a model with at least "
+            "that many, or another tokenizer."
+        )
+    if options.dtype is not None and size > 2 ** (8 * DTYPES[options.dtype].itemsize):
+        raise DataError(
+            f"tokenizer={request.spec} has {size} ids, which do not fit dtype={options.dtype}: use dtype=null or "
+            f"{dtype_for(size)}."
+        )
 
 
 def _finished(output: Path, settings: dict[str, dict[str, Any]]) -> dict[str, Manifest]:
     """Manifests of the splits that are done, all of which must have been asked for with the same settings."""
     found: dict[str, Manifest] = {}
-    for folder in [*sorted((output / "validation").glob("*/")), output / "train"]:
+    folders = sorted({folder for pattern in SPLITS for folder in output.glob(pattern) if folder.is_dir()})
+    for folder in folders:
         name = folder.relative_to(output).as_posix()
         if not (folder / MANIFEST_NAME).exists():
-            if name in settings or not folder.is_dir():
+            if name in settings:
                 continue
             raise DataError(
                 f"output={output} holds an unfinished {name}, which this source does not have: remove {folder}, or "
@@ -113,23 +220,37 @@ def _finished(output: Path, settings: dict[str, dict[str, Any]]) -> dict[str, Ma
             )
         manifest = read_manifest(folder)
         if name not in settings:
-            difference = "which this source does not have"
-        elif manifest.preparation != settings[name]:
-            keys = [key for key in settings[name] if manifest.preparation.get(key) != settings[name][key]]
-            difference = f"made with another {' and another '.join(keys)}"
-        else:
-            found[name] = manifest
-            continue
-        raise DataError(
-            f"output={output} holds a finished {name} {difference}: remove {output}, or choose another output."
-        )
+            raise DataError(
+                f"output={output} holds a finished {name} which this source does not have: remove {output}, or choose "
+                "another output."
+            )
+        _check_same_settings(manifest.preparation, settings[name], f"a finished {name}", output)
+        found[name] = manifest
     return found
 
 
+def _check_same_settings(made: dict[str, Any], asked: dict[str, Any], what: str, output: Path) -> None:
+    keys = [key for key in asked if made.get(key) != asked[key]]
+    if keys:
+        difference = f"made with another {' and another '.join(keys)}"
+        raise DataError(f"output={output} holds {what} {difference}: remove {output}, or choose another output.")
+
+
 def _has_tokenizer(output: Path, finished: dict[str, Manifest]) -> bool:
-    path = output / TOKENIZER_NAME
-    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-    return all(manifest.tokenizer["sha256"] == digest for manifest in finished.values())
+    folders = {output / name.removesuffix("train").partition("validation/")[0] for name in finished}
+    files = [folder / TOKENIZER_NAME for folder in folders]
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None for file in files}
+    return digests == {manifest.tokenizer["sha256"] for manifest in finished.values()}
+
+
+def _write_tokenizer(tokenizer: TextTokenizer, splits: list[Split], output: Path) -> None:
+    """`tokenizer.json` beside the splits of every source; one that is there already is left alone."""
+    for split in splits:
+        if split.is_training:
+            path = output / split.name.removesuffix("train") / TOKENIZER_NAME
+            if not path.exists() or path.read_bytes() != tokenizer.content:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, tokenizer.content)
 
 
 def _check_same_tokenizer(tokenizer: TextTokenizer, finished: dict[str, Manifest], output: Path) -> None:
@@ -141,11 +262,173 @@ def _check_same_tokenizer(tokenizer: TextTokenizer, finished: dict[str, Manifest
             )
 
 
-def _train(splits: list[Split], vocab_size: int) -> TextTokenizer:
-    train = next(split for split in splits if split.name == "train")
-    documents = train.open()
-    print(f"training a tokenizer of {vocab_size:,} tokens", flush=True)
-    begun = time.monotonic()
-    tokenizer = train_tokenizer((text for text, _ in documents.items), vocab_size)
-    print(f"tokenizer: {time.monotonic() - begun:.1f} s", flush=True)
-    return tokenizer
+def _trained(splits: list[Split], request: TokenizerRequest, options: PrepareOptions, output: Path) -> TextTokenizer:
+    """A new tokenizer, trained on the first text of every training split."""
+    if options.tasks > 1:
+        raise DataError("tokenizer=train cannot be shared out to tasks: train it by a command without tasks first.")
+    print(f"training a tokenizer of {request.vocab_size:,} ids", flush=True)
+    training = [split for split in splits if split.is_training]
+    limit = TRAINING_BYTES // len(training)
+    texts = (text for split in training for text in first_texts(_texts(split, options.on_error), limit))
+    return train_tokenizer(texts, request.vocab_size)
+
+
+def _texts(split: Split, on_error: str) -> Iterator[str]:
+    for part in split.parts():
+        if isinstance(part, TokenFile):
+            raise DataError("tokenizer=train has no text in token files: name the tokenizer that made them.")
+        for item, _ in part.read():
+            if not isinstance(item, Broken):
+                yield item
+            elif on_error == "stop":
+                raise DataError(item.message)
+
+
+def _plan(split: Split, output: Path, settings: dict[str, Any], tokenizer: TextTokenizer) -> _PlannedSplit:
+    """The parts of a split, and which of them are finished, all of which must have the same settings."""
+    plan = _PlannedSplit(split, output / split.name, split.parts(), settings)
+    for folder in sorted(plan.folder.glob("[0-9]*/")):
+        if not (folder / MANIFEST_NAME).exists():
+            continue
+        manifest = read_manifest(folder)
+        asked = settings | {"part": [int(folder.name), len(plan.parts)]}
+        _check_same_settings(manifest.preparation, asked, f"a part of an unfinished {split.name}", output)
+        _check_same_tokenizer(tokenizer, {split.name: manifest}, output)
+        plan.manifests[int(folder.name)] = manifest
+    return plan
+
+
+def _make_parts(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options: PrepareOptions) -> None:
+    """Make the parts of this task that are not there yet."""
+    if options.filters and any(isinstance(part, TokenFile) for plan in planned for part in plan.parts):
+        raise DataError("filters cannot be used with source=token_files, whose documents are taken as they are.")
+    if options.finds_duplicates:
+        _find_duplicates(planned, tokenizer, options)
+    places = [
+        (plan, index)
+        for plan in planned
+        for index in range(len(plan.parts))
+        if index not in plan.manifests and index % options.tasks == options.task
+    ]
+    work = sum(plan.parts[index].size or SMALL for plan, index in places)
+    processes, threads = _processes_and_threads(options, len(places), work)
+    jobs = [_tokenize_job(plan, index, threads, tokenizer, options) for plan, index in places]
+    done = sum(plan.parts[index].size or 0 for plan in planned for index in plan.manifests)
+    if kept := sum(len(plan.manifests) for plan in planned):
+        print(f"{kept} parts were finished before and are kept", flush=True)
+    for index, manifest in _run(jobs, "tokenizing", planned, done, processes, threads, tokenizer, options.tasks):
+        plan, part_index = places[index]
+        plan.manifests[part_index] = manifest
+
+
+def _tokenize_job(
+    plan: _PlannedSplit, index: int, threads: int, tokenizer: TextTokenizer, options: PrepareOptions
+) -> TokenizePart:
+    return TokenizePart(
+        part=plan.parts[index],
+        folder=plan.part_folder(index),
+        dtype=options.dtype or dtype_for(tokenizer.vocab_size),
+        tokens_per_file=options.tokens_per_file,
+        preparation=plan.settings | {"part": [index, len(plan.parts)]},
+        filters=options.filters,
+        repeats=repeats_path(plan.folder / DUPLICATES_NAME, index) if options.finds_duplicates else None,
+        on_error=options.on_error,
+        threads=threads,
+    )
+
+
+def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options: PrepareOptions) -> None:
+    """Hash the parts of this task, and, once all parts are hashed, find what each has to leave out."""
+    jobs: list[Job] = []
+    for plan in planned:
+        folder = plan.folder / DUPLICATES_NAME
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for index, part in enumerate(plan.parts):
+            if index % options.tasks == options.task and not hashes_path(folder, index).exists():
+                jobs.append(HashPart(cast(Part, part), folder, index))  # token files have no filters
+    processes, threads = _processes_and_threads(options, len(jobs), SMALL)
+    for _ in _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks):
+        pass
+    for plan in planned:
+        folder = plan.folder / DUPLICATES_NAME
+        missing = sum(not hashes_path(folder, index).exists() for index in range(len(plan.parts)))
+        if missing:
+            raise WaitingForTasks(
+                f"task {options.task} of {options.tasks} has hashed its parts, other tasks {missing} parts of "
+                f"{plan.split.name} not yet: give the same command again when they have."
+            )
+        find_repeats(folder, len(plan.parts))
+
+
+def _run(
+    jobs: Sequence[Job],
+    label: str,
+    planned: list[_PlannedSplit],
+    done: int,
+    processes: int,
+    threads: int,
+    tokenizer: TextTokenizer,
+    tasks: int,
+) -> Iterator[tuple[int, Any]]:
+    """Run `jobs` behind a progress bar over the whole source."""
+    if not jobs:
+        return
+    sizes = [part.size for plan in planned for part in plan.parts]
+    total = None if None in sizes or tasks > 1 else sum(size or 0 for size in sizes)
+    with progress_bar(label, total, planned[0].split.unit) as bar:
+        bar.update(done)
+        tokens = Counter[str]()
+
+        def report(read: int, made: int) -> None:
+            tokens["made"] += made
+            seconds = max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{tokens['made'] / seconds / 1e6:.2f} M tokens/s", refresh=False)
+            bar.update(read)
+
+        make = functools.partial(TextTokenizer, tokenizer.content, tokenizer.name, tokenizer.eos_token)
+        yield from run_jobs(jobs, make, processes=processes, threads=threads, report=report)
+
+
+def _processes_and_threads(options: PrepareOptions, jobs: int, work: int) -> tuple[int, int]:
+    """How many processes `jobs` jobs run in, and how many threads encode in each; little work is not spread out."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = options.workers or (cores if work >= SMALL else 1)
+    processes = max(1, min(wanted, jobs))
+    return processes, max(1, cores // processes)
+
+
+def _join(plan: _PlannedSplit, tokenizer: TextTokenizer, options: PrepareOptions) -> Manifest:
+    """Declare a split finished, all of whose parts are: its manifest lists the files of theirs."""
+    manifests = [plan.manifests[index] for index in range(len(plan.parts))]
+    filtered: Counter[str] = Counter()
+    broken: Counter[str] = Counter()
+    files = []
+    for index, manifest in enumerate(manifests):
+        filtered.update(manifest.filtered)
+        broken.update(manifest.broken)
+        name = plan.part_folder(index).name
+        files += [ShardFile(f"{name}/{file.name}", file.tokens, file.bytes, file.sha256) for file in manifest.files]
+    joined = Manifest(
+        dtype=options.dtype or dtype_for(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.identity,
+        eos_id=tokenizer.eos_id,
+        documents=sum(manifest.documents for manifest in manifests),
+        tokens=sum(manifest.tokens for manifest in manifests),
+        bytes=sum(manifest.bytes for manifest in manifests),
+        files=files,
+        preparation=plan.settings,
+        filtered=dict(sorted(filtered.items())),
+        broken=dict(sorted(broken.items())),
+    )
+    if not joined.tokens:
+        left = "; ".join(f"{count:,} {reason}" for reason, count in (filtered + broken).items())
+        raise DataError(f"no document is left for {plan.folder}: {left or 'the source has no text'}.")
+    for folder in plan.folder.glob("[0-9]*/"):  # left by an attempt that cut the source in more parts and finished none
+        if int(folder.name) >= len(plan.parts):
+            shutil.rmtree(folder)
+    write_manifest(plan.folder, joined)
+    shutil.rmtree(plan.folder / DUPLICATES_NAME, ignore_errors=True)
+    print(f"{plan.split.name}: {summary(joined)}", flush=True)
+    return joined

@@ -3,7 +3,8 @@
 A token dataset is a folder with
 
     00000.bin 00001.bin ...   raw little-endian token ids, uint16 when the vocabulary allows, else uint32; each document
-                              is followed by one end-of-sequence (EOS) id; read in order, the files are one stream
+                              is followed by one end-of-sequence (EOS) id; read in order, the files are one stream. A
+                              prepared split has them in a folder for each part, 00000/00000.bin, see `data.prepare`
     manifest.json             what the files are and how they were made; written last and in one step, so a folder
                               without it is unfinished and is never read
 
@@ -47,7 +48,7 @@ class DataError(ValueError):
 class ShardFile:
     """One file of a token dataset."""
 
-    name: str  # file name inside the folder
+    name: str  # below the folder, with / where it lies in a part's own folder
     tokens: int  # ids in the file, EOS included
     bytes: int  # size of the file
     sha256: str  # hex digest of the whole file
@@ -71,6 +72,8 @@ class Manifest:
     bytes: int  # UTF-8 bytes of the texts, EOS not included
     files: list[ShardFile]  # in reading order
     preparation: dict[str, Any] = field(default_factory=dict)  # the settings that made this split, compared on a repeat
+    filtered: dict[str, int] = field(default_factory=dict)  # documents that filters left out, by reason
+    broken: dict[str, int] = field(default_factory=dict)  # input that was no document and was skipped, by kind
     version: int = FORMAT_VERSION
 
     @property
@@ -227,6 +230,11 @@ def validation_domains(shards_dir: str | Path) -> list[str]:
     return names
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Declare `folder` finished."""
+    write_atomically(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+
+
 class ShardWriter:
     """Writes one token dataset: a context manager that takes documents in order and ends with `finish`.
 
@@ -234,9 +242,11 @@ class ShardWriter:
     without `finish` leaves a folder without a manifest, which no reader accepts.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, eos_id: int, tokens_per_file: int) -> None:
+    def __init__(
+        self, folder: Path, *, vocab_size: int, eos_id: int, tokens_per_file: int, dtype: str | None = None
+    ) -> None:
         self.folder = folder
-        self.dtype_name = dtype_for(vocab_size)
+        self.dtype_name = dtype or dtype_for(vocab_size)
         self.vocab_size = vocab_size
         self.eos_id = eos_id
         self.tokens_per_file = tokens_per_file
@@ -261,7 +271,7 @@ class ShardWriter:
         if self._stream is not None:
             self._stream.close()
 
-    def write(self, documents: Iterable[list[int]], text_bytes: int) -> None:
+    def write(self, documents: Iterable[list[int] | np.ndarray], text_bytes: int) -> None:
         """Append documents (ids without EOS) whose texts have `text_bytes` UTF-8 bytes together; EOS is added here.
 
         A file is closed after the document that fills it, so each but the last holds `tokens_per_file` ids or more.
@@ -272,6 +282,13 @@ class ShardWriter:
             chunk[-1] = self.eos_id
             self._append(chunk)
             self.documents += 1
+        self.text_bytes += text_bytes
+
+    def adopt(self, file: ShardFile, documents: int, text_bytes: int) -> None:
+        """Count a finished file, which lies in the folder by its name already, as the next one."""
+        self._files.append(file)
+        self.documents += documents
+        self.tokens += file.tokens
         self.text_bytes += text_bytes
 
     def _append(self, chunk: np.ndarray) -> None:
@@ -297,11 +314,22 @@ class ShardWriter:
         self._digest = hashlib.sha256()
         self._tokens_in_file = 0
 
-    def finish(self, *, tokenizer: dict[str, str], preparation: dict[str, Any]) -> Manifest:
-        """Close the last file and write the manifest. Raises `DataError` when no document was written."""
+    def finish(
+        self,
+        *,
+        tokenizer: dict[str, str],
+        preparation: dict[str, Any],
+        filtered: dict[str, int] | None = None,
+        broken: dict[str, int] | None = None,
+        allow_empty: bool = False,
+    ) -> Manifest:
+        """Close the last file and write the manifest. Raises `DataError` when no document was written.
+
+        `allow_empty` is for a part of a dataset, of which filters may leave nothing.
+        """
         if self._stream is not None:
             self._close_file()
-        if not self.documents:
+        if not self.documents and not allow_empty:
             raise DataError(f"no document was found for {self.folder}: the source has no text.")
         manifest = Manifest(
             dtype=self.dtype_name,
@@ -313,8 +341,10 @@ class ShardWriter:
             bytes=self.text_bytes,
             files=self._files,
             preparation=preparation,
+            filtered=filtered or {},
+            broken=broken or {},
         )
-        write_atomically(self.folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
+        write_manifest(self.folder, manifest)
         return manifest
 
 

@@ -1,43 +1,30 @@
-"""From texts to token shards: which tokenizer, how it is called, how a split is written.
+"""Tokenizers: which one, how it is called, how a new one is trained.
 
-In: a tokenizer (a file, a folder, a hub id, or one trained here) and documents with their position in the source. Out:
-a finished token dataset (`data.shards`).
+In: a file, a folder, a hub id, or texts to train on. Out: a `TextTokenizer`.
 
 Documents are encoded without special tokens, and the *names* of special tokens inside a text are plain text: a document
-that speaks of "<|endoftext|>" does not contain one.
+that speaks of "<|endoftext|>" does not contain one. What ends a document, `data.shards` writes: one EOS id, always.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
+import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.progress import progress_bar
-from data.shards import TOKENIZER_NAME, DataError, Manifest, ShardWriter
+from data.shards import TOKENIZER_NAME, DataError
 
 KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 TRAINED_EOS = "<|endoftext|>"
 MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
-TRAINING_BYTES = 64_000_000  # text a tokenizer is trained on, from the start of the training split
-BATCH_CHARACTERS = 4_000_000  # text encoded at once: enough for all cores, little memory
-BATCH_DOCUMENTS = 8192
+TRAINING_BYTES = 64_000_000  # text a tokenizer is trained on, from the start of the training splits
 
-
-@dataclass
-class Documents:
-    """The texts of a split, to be read once."""
-
-    items: Iterable[tuple[str, int]]  # text, and how far into the source it ends, in `unit`
-    total: int | None  # size of the source in `unit`, None when unknown
-    unit: str  # "B": compressed bytes; "doc": documents
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
 
 
 class TextTokenizer:
@@ -66,8 +53,32 @@ class TextTokenizer:
         return {"name": self.name, "sha256": hashlib.sha256(self.content).hexdigest()}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, no EOS. Uses all cores."""
+        """Ids of each text, no EOS. Uses all threads that the process gives the `tokenizers` library."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def bytes_of_ids(self) -> np.ndarray:
+        """UTF-8 bytes of text that each id stands for, 0 for EOS: int64 [vocab_size].
+
+        Exact for byte-level tokenizers; those of SentencePiece add the blank that some put before a text. Raises
+        `DataError` for others, whose tokens do not say what text they came from.
+        """
+        decoder = json.dumps(json.loads(self.content).get("decoder"), ensure_ascii=False)
+        byte_level = '"ByteLevel"' in decoder
+        if not byte_level and "\u2581" not in decoder:
+            raise DataError(
+                f"tokenizer={self.name} is neither byte-level nor of SentencePiece, so the text behind its ids cannot "
+                "be counted: tokenize the text itself."
+            )
+        added = {id_: token.content for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, id_ in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if id_ in added or not byte_level:
+                plain = token.replace("\u2581", " ")
+                lengths[id_] = 1 if _BYTE_TOKEN.fullmatch(token) else len(plain.encode())
+            else:
+                lengths[id_] = len(token)  # a character of the byte-level alphabet is a byte
+        lengths[self.eos_id] = 0
+        return lengths
 
 
 def load_tokenizer(spec: str, eos_token: str | None) -> TextTokenizer:
@@ -130,7 +141,7 @@ def _from_hub(name: str) -> tuple[Path, Path]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
-    """A byte-level BPE of `vocab_size` ids, EOS `<|endoftext|>` among them, trained on the first 64 MB of `texts`.
+    """A byte-level BPE of `vocab_size` ids, EOS `<|endoftext|>` among them, trained on all `texts` (`first_texts`).
 
     The same texts give the same file. Raises `DataError` when `vocab_size` is too small for the bytes or too large for
     the texts.
@@ -146,7 +157,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
             f"tokenizer_vocab_size={vocab_size} is too large for this text, which gives "
@@ -155,59 +166,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     return TextTokenizer(tokenizer.to_str().encode(), f"trained-{vocab_size}", TRAINED_EOS)
 
 
-def _first_bytes(texts: Iterable[str]) -> Iterator[str]:
-    left = TRAINING_BYTES
+def first_texts(texts: Iterable[str], limit: int) -> Iterator[str]:
+    """`texts` up to the one that reaches `limit` UTF-8 bytes."""
     for text in texts:
         yield text
-        left -= len(text.encode())
-        if left <= 0:
+        limit -= len(text.encode())
+        if limit <= 0:
             return
-
-
-def tokenize_split(
-    documents: Documents,
-    tokenizer: TextTokenizer,
-    folder: Path,
-    *,
-    tokens_per_file: int,
-    preparation: dict[str, Any],
-    label: str,
-) -> Manifest:
-    """Encode `documents` into the token dataset `folder`, with a progress bar named `label`; returns its manifest.
-
-    One thread reads ahead while all cores encode; memory holds a few batches whatever the size of the source. Texts
-    without a character are passed over. Raises `DataError` for broken input; `folder` then has no manifest.
-    """
-    begun = time.monotonic()
-    bar = progress_bar(label, documents.total, documents.unit)
-    writer = ShardWriter(
-        folder, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, tokens_per_file=tokens_per_file
-    )
-    batches = _batches(documents.items)
-    with bar, writer, ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
-        ahead = reader.submit(next, batches, None)
-        while (batch := ahead.result()) is not None:
-            ahead = reader.submit(next, batches, None)
-            texts, text_bytes, position = batch
-            writer.write(tokenizer.encode(texts), text_bytes)
-            speed = writer.tokens / max(time.monotonic() - begun, 1e-9)
-            bar.set_postfix_str(f"{speed / 1e6:.2f} M tokens/s", refresh=False)
-            bar.update(position - bar.n)
-        return writer.finish(tokenizer=tokenizer.identity, preparation=preparation)
-
-
-def _batches(items: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int, int]]:
-    """Groups of texts with their UTF-8 bytes together and the source position after the last."""
-    texts: list[str] = []
-    characters = text_bytes = position = 0
-    for text, position in items:
-        if not text:
-            continue
-        texts.append(text)
-        characters += len(text)
-        text_bytes += len(text) if text.isascii() else len(text.encode())
-        if characters >= BATCH_CHARACTERS or len(texts) >= BATCH_DOCUMENTS:
-            yield texts, text_bytes, position
-            texts, characters, text_bytes = [], 0, 0
-    if texts:
-        yield texts, text_bytes, position

@@ -1,13 +1,13 @@
 """Text to token shards, for example
 
-    python scripts/prepare_data.py source=c4_files source.path=DIR tokenizer=PATH_OR_ID output=SHARDS
+    python scripts/prepare_data.py source=files source.path=DIR tokenizer=PATH_OR_ID output=SHARDS
 
-In: a source (`source=c4_files`, `datasets` or `embedded`, see configs/source/) and a tokenizer (a file, a folder, a hub
-id, or `train`). Out: `output/train`, `output/validation/DOMAIN` and `output/tokenizer.json`, which
-`train.py data.path=output` reads. An interrupted command is continued by running it again. `--cfg job` prints the
+In: a source (`source=files`, `datasets`, `embedded`, `token_files` or `several`, see configs/source/) and a tokenizer
+(a file, a folder, a hub id, or `train`). Out: `output/train`, `output/validation/DOMAIN` and `output/tokenizer.json`,
+which `train.py data.path=output` reads. An interrupted command is continued by running it again. `--cfg job` prints the
 configuration and stops.
 
-A mistake of the user is one sentence on standard error and exit status 2.
+A mistake of the user is one sentence on standard error and exit status 2; a task that waits for others exits with 3.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import shlex
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.prepare import TokenizerRequest, prepare, summary
+from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
+from data.several_sources import SINGLE_SOURCES, SeveralSources
 from data.shards import DataError
-from data.sources import C4Files, Embedded, HuggingFaceDataset, Source
+from data.sources import Source
 
+WAITING = 3  # exit status of a task that other tasks have to end before
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SOURCES: dict[str, type[Source]] = {"c4_files": C4Files, "datasets": HuggingFaceDataset, "embedded": Embedded}
+SOURCES: dict[str, type[Source]] = SINGLE_SOURCES | {"several": SeveralSources}
 
 
 @dataclass
@@ -44,7 +46,14 @@ class PrepareConfig:
     tokenizer: str = MISSING
     tokenizer_vocab_size: int = MISSING
     eos_token: str | None = None
+    model_vocab_size: int | None = None
+    dtype: str | None = None
+    filters: list[Any] = field(default_factory=list)
+    on_error: str = MISSING
     tokens_per_file: int = MISSING
+    workers: int | None = None
+    task: int = MISSING
+    tasks: int = MISSING
 
 
 def load_config(overrides: list[str]) -> DictConfig:
@@ -55,7 +64,7 @@ def load_config(overrides: list[str]) -> DictConfig:
     given = dict(_parse(override) for override in overrides)
     kind = given.pop("source", None)
     if kind not in SOURCES:
-        root = [field.name for field in fields(PrepareConfig)]
+        root = [entry.name for entry in fields(PrepareConfig)]
         _check_known([key for key in given if not key.startswith("source.")], root)
         what = "source is not set" if kind is None else f"source={kind} is not a source"
         raise DataError(f"{what}: choose source={', source='.join(SOURCES)}.")
@@ -113,21 +122,34 @@ def _values(config: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 def run(config: DictConfig) -> None:
     """Prepare what `config` asks for and say what to do with it."""
-    source: Source = OmegaConf.to_object(config.source)  # type: ignore[assignment]  # the dataclass that is its type
-    request = TokenizerRequest(config.tokenizer, config.tokenizer_vocab_size, config.eos_token)
-    manifests = prepare(source, request, Path(config.output).expanduser(), tokens_per_file=config.tokens_per_file)
-    print(f"\n{config.output} is ready (tokenizer {manifests['train'].tokenizer['name']}):")
+    chosen: Any = OmegaConf.to_object(config)  # a PrepareConfig, its source one of SOURCES
+    source: Source = chosen.source
+    request = TokenizerRequest(chosen.tokenizer, chosen.tokenizer_vocab_size, chosen.eos_token, chosen.model_vocab_size)
+    options = PrepareOptions(**{entry.name: getattr(chosen, entry.name) for entry in fields(PrepareOptions)})
+    manifests = prepare(source, request, Path(config.output).expanduser(), options)
+    first = next(iter(manifests.values()))
+    print(
+        f"\n{config.output} is ready (tokenizer {first.tokenizer['name']}, each document ends with id {first.eos_id}):"
+    )
     for name, manifest in manifests.items():
         print(f"  {name}: {summary(manifest)}")
-    command = ["python", "train.py", "model=moda_tiny", f"data.path={config.output}"]
-    if len(manifests) == 1:
+    command = ["python", "train.py", "model=moda_tiny", *_data_overrides(source, config.output)]
+    if not any("validation/" in name for name in manifests):
         print("  no validation text was given, so runs on this data have no validation loss")
         command.append("evaluation.every=0")
     print(f"Train on it with: {shlex.join(command)}")
 
 
+def _data_overrides(source: Source, output: str) -> list[str]:
+    """How a run reads what was prepared from `source`."""
+    if not isinstance(source, SeveralSources):
+        return [f"data.path={output}"]
+    entries = [f"{{path: {output}/{name}, weight: {weight:g}}}" for name, weight in source.weights().items()]
+    return ["data=mixture", f"data.mixture=[{', '.join(entries)}]"]
+
+
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 a mistake of the user or bad data, 130 interrupted."""
+    """Exit status: 0 done, 2 a mistake of the user or bad data, 3 other tasks have to end first, 130 interrupted."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         print((CONFIGS / "prepare_data.yaml").read_text(encoding="utf-8"))
@@ -144,8 +166,11 @@ def main(arguments: list[str]) -> int:
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WaitingForTasks as waiting:
+        print(waiting, file=sys.stderr)
+        return WAITING
     except KeyboardInterrupt:
-        print("interrupted: run the same command again; it keeps the splits that are finished.", file=sys.stderr)
+        print("interrupted: run the same command again; it keeps the parts that are finished.", file=sys.stderr)
         return 130
     return 0
 

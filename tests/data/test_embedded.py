@@ -13,8 +13,9 @@ import pytest
 
 import data.embedded
 from data.embedded import DOMAINS, Document, _read_docstrings, _select, build_corpus, prose
+from data.readers import Piece, read_piece
 from data.shards import DataError
-from data.sources import Embedded, read_c4_file
+from data.sources import Embedded
 
 PROSE = "The queue is read by a second thread, which waits until the first one has written to it."
 
@@ -133,9 +134,9 @@ def test_the_source_gives_the_files_it_wrote(tmp_path: Path, monkeypatch: pytest
     splits = Embedded(str(tmp_path / "text"), 1).splits()
     assert not (tmp_path / "text").exists()  # listing splits is cheap
     assert [split.name for split in splits] == [f"validation/{domain}" for domain in sorted(DOMAINS)] + ["train"]
-    texts = [text for text, _ in splits[-1].open().items]
+    texts = [text for part in splits[-1].parts() for text, _ in part.read()]  # type: ignore[union-attr]
     files = sorted((tmp_path / "text").glob("*.json.gz"))
-    assert texts == [text for path in files for text, _ in read_c4_file(path)]
+    assert texts == [text for path in files for text, _ in read_piece(Piece(str(path), 0), "text", "file")]
     assert sum(map(len, texts)) >= 1_000_000
 
 

@@ -1,123 +1,190 @@
-"""C4 files and `datasets` give the texts as they are; broken input is named by file and line."""
+"""Sources find their files and datasets, give all texts in order however they are cut, and refuse mistakes by name."""
 
 from __future__ import annotations
 
-import gzip
+import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from data.readers import Broken
+from data.several_sources import SeveralSources
 from data.shards import DataError
-from data.sources import C4Files, HuggingFaceDataset, read_c4_file
+from data.sources import Files, HuggingFaceDataset, Split, TokenFile, TokenFiles
 
 
-def test_a_c4_folder_gives_validation_domains_then_training(c4_folder: Path, texts: list[str]) -> None:
-    splits = C4Files(str(c4_folder)).splits()
+def texts_of(split: Split) -> list[str | Broken]:
+    found: list[str | Broken] = []
+    for part in split.parts():
+        assert not isinstance(part, TokenFile)
+        found += [item for item, _ in pickle.loads(pickle.dumps(part)).read()]  # as another process gets it
+    return found
+
+
+def test_a_folder_gives_validation_domains_then_training(c4_folder: Path, texts: list[str]) -> None:
+    splits = Files(str(c4_folder)).splits()
     assert [split.name for split in splits] == ["validation/books", "validation/news", "train"]
-    documents = splits[-1].open()
-    found = list(documents.items)
-    assert [text for text, _ in found] == texts
-    positions = [position for _, position in found]
+    assert texts_of(splits[-1]) == texts
+    (part,) = splits[-1].parts()
+    positions = [position for _, position in part.read()]  # type: ignore[union-attr]
     assert positions == sorted(positions)
-    assert positions[-1] == documents.total == sum(path.stat().st_size for path in c4_folder.glob("*.gz"))
+    assert positions[-1] == part.size == sum(path.stat().st_size for path in c4_folder.glob("*.gz"))
 
 
-def test_settings_follow_the_files_not_the_place(
-    c4_folder: Path, tmp_path: Path, write_c4: Callable[[Path, list[str]], Path]
-) -> None:
-    before = [split.settings for split in C4Files(str(c4_folder)).splits()]
+def test_globs_files_and_domain_folders_are_found(tmp_path: Path, write_c4: Callable, texts: list[str]) -> None:
+    for i in range(6):
+        write_c4(tmp_path / f"year{i % 2}" / f"{i}.json.gz", texts[10 * i : 10 * i + 10])
+    for name in ("a.json.gz", "b/1.json.gz", "b/deep/2.json.gz"):
+        write_c4(tmp_path / "held out" / name, texts[:3])
+    source = Files(str(tmp_path / "year*" / "*.json.gz"), validation=str(tmp_path / "held out"))
+    a, b, train = source.splits()
+    assert (a.name, b.name) == ("validation/a", "validation/b")
+    assert (len(texts_of(a)), len(texts_of(b)), len(texts_of(train))) == (3, 6, 60)
+    assert [name for name, _ in train.settings["files"]][:2] == ["year0/0.json.gz", "year0/2.json.gz"]
+    assert texts_of(Files(str(tmp_path / "year1" / "3.json.gz")).splits()[-1]) == texts[30:40]
+    assert len(texts_of(Files(str(tmp_path / "year*" / "**")).splits()[-1])) == 60
+
+
+def test_how_a_source_is_cut_does_not_change_its_text(tmp_path: Path, write_c4: Callable, texts: list[str]) -> None:
+    for i in range(10):
+        write_c4(tmp_path / f"{i}.json.gz", texts[6 * i : 6 * i + 6])
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    counts = []
+    for megabytes in (1e-6, 0.0005, 0.001, 64.0):
+        (split,) = Files(str(tmp_path / "*.json*"), part_megabytes=megabytes).splits()
+        counts.append(len(split.parts()))
+        assert texts_of(split) == texts + texts
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] > 10
+    assert counts[-1] == 1
+
+
+def test_settings_follow_the_files_not_the_place(c4_folder: Path, tmp_path: Path, write_c4: Callable) -> None:
+    before = [split.settings for split in Files(str(c4_folder)).splits()]
     moved = c4_folder.rename(tmp_path / "moved")
-    assert [split.settings for split in C4Files(str(moved)).splits()] == before
+    assert [split.settings for split in Files(str(moved)).splits()] == before
+    assert Files(str(moved), text_field="body").splits()[-1].settings != before[-1]
     write_c4(moved / "part.2.json.gz", ["one more"])
-    after = [split.settings for split in C4Files(str(moved)).splits()]
+    after = [split.settings for split in Files(str(moved)).splits()]
     assert after[:-1] == before[:-1]
     assert after[-1] != before[-1]
 
 
-def test_a_folder_without_text_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no \*\.json\.gz file"):
-        C4Files(str(tmp_path)).splits()
-    with pytest.raises(DataError, match="nothing is not a folder"):
-        C4Files(str(tmp_path / "nothing")).splits()
-
-
-GOOD = b'{"text": "good"}\n'
-
-
-@pytest.mark.parametrize(
-    ("lines", "sentence"),
-    [
-        (GOOD + b"{broken\n", "line 2: not JSON"),
-        (GOOD + GOOD + b'{"text": "caf\xe9"}\n', "line 3: not UTF-8"),
-        (GOOD + b'{"url": "x"}\n', "line 2: no string field `text`"),
-        (b'{"text": null}\n', "line 1: no string field `text`"),
-        (b'{"text": 3}\n', "line 1: no string field `text`"),
-        (b'["text"]\n', "line 1: no string field `text`"),
-        (GOOD + b'{"text": "half a pair \\ud83d"}\n', "line 2: `text` is not valid Unicode"),
-        (b"", "holds no documents"),
-        (b"\n \n", "holds no documents"),
-    ],
-)
-def test_a_broken_line_is_named_by_file_and_number(tmp_path: Path, lines: bytes, sentence: str) -> None:
-    path = tmp_path / "part.json.gz"
-    path.write_bytes(gzip.compress(lines))
-    with pytest.raises(DataError, match=rf"part\.json\.gz.*{sentence}"):
-        list(read_c4_file(path))
-
-
-def test_a_damaged_archive_is_named_with_its_line(tmp_path: Path) -> None:
-    path = tmp_path / "part.json.gz"
-    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919 % 10007) for i in range(5000)))
-    for content, sentence in [
-        (whole[: len(whole) // 2], r"line \d{4}: the gzip file is cut short"),
-        (whole[:-4], r"line 5001: the gzip file is cut short"),
-        (whole[:-8] + b"12345678", r"line 5001: the gzip file is cut short or damaged \(CRC"),
-        (b"plain text", r"line 1: the gzip file is cut short or damaged \(Not a gzipped"),
-        (whole[:100] + b"\xff" * 50 + whole[150:], r"line \d+: the gzip file is cut short or damaged"),
-        (b"", "is empty"),
-    ]:
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"part\.json\.gz(,|) {sentence}"):
-            list(read_c4_file(path))
-
-
-def test_blank_lines_and_several_gzip_members_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "part.json.gz"
-    path.write_bytes(gzip.compress(GOOD + b"\n") + gzip.compress(b'{"text": "second", "more": 1}'))
-    assert [text for text, _ in read_c4_file(path)] == ["good", "second"]
+def test_mistakes_with_files_are_refused_by_name(tmp_path: Path, c4_folder: Path, write_c4: Callable) -> None:
+    with pytest.raises(DataError, match="holds no file of a known suffix"):
+        Files(str(tmp_path / "c4" / "..")).splits()
+    (tmp_path / "x.json.gz").touch()
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(DataError, match=r"holds files of several kinds \(\.json\.gz, \.txt\): name those .* a glob"):
+        Files(str(tmp_path)).splits()
+    with pytest.raises(DataError, match="nothing is no folder and no file, and no file matches it"):
+        Files(str(tmp_path / "nothing")).splits()
+    (c4_folder / "README").write_text("x")
+    with pytest.raises(DataError, match=r"names .*README, whose suffix is unknown"):
+        Files(str(c4_folder / "*")).splits()
+    with pytest.raises(DataError, match=r"source.validation=.*nowhere is not a folder"):
+        Files(str(c4_folder), validation="nowhere").splits()
+    with pytest.raises(DataError, match="plain_text=word is unknown: choose file, paragraph, line"):
+        Files(str(c4_folder), plain_text="word").splits()
+    with pytest.raises(DataError, match="part_megabytes=0"):
+        Files(str(c4_folder), part_megabytes=0).splits()
+    write_c4(c4_folder / "validation" / "books.jsonl.gz", ["twice"])
+    with pytest.raises(DataError, match="two domains named books"):
+        Files(str(c4_folder)).splits()
 
 
 @pytest.fixture
-def local_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]) -> Path:
-    """A folder that `datasets` recognises: a training and a validation file."""
-    import json
-
+def hub_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], write_c4: Callable) -> Path:
+    """A local dataset in the layout of allenai/c4: a configuration `en`, gzipped JSON lines in numbered files."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    folder = tmp_path / "mine"
-    folder.mkdir()
-    for name, part in [("train", texts[:20]), ("validation", texts[20:30])]:
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t, "id": 1}) + "\n" for t in part))
+    folder = tmp_path / "c4"
+    for i in range(3):
+        write_c4(folder / "en" / f"c4-train.{i:05d}-of-00003.json.gz", texts[20 * i : 20 * i + 20])
+    write_c4(folder / "en" / "c4-validation.00000-of-00001.json.gz", texts[:9])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n"
+        "  - split: train\n    path: en/c4-train.*.json.gz\n"
+        "  - split: validation\n    path: en/c4-validation.*.json.gz\n---\n"
+    )
     return folder
 
 
-def test_a_local_dataset_is_streamed_with_its_validation_split(local_dataset: Path, texts: list[str]) -> None:
-    source = HuggingFaceDataset(str(local_dataset), validation_split="validation", max_documents=15)
+def test_a_dataset_of_c4s_layout_is_streamed_in_one_part_a_file(hub_layout: Path, texts: list[str]) -> None:
+    source = HuggingFaceDataset(str(hub_layout), "en", validation_split="validation")
     validation, train = source.splits()
-    assert validation.name == "validation/mine"
-    assert list(train.open().items) == [(text, i + 1) for i, text in enumerate(texts[:15])]
-    assert train.open().total == 15
-    assert [text for text, _ in validation.open().items] == texts[20:30]
-    assert validation.open().total is None
+    assert validation.name == "validation/c4"
+    assert texts_of(validation) == texts[:9]
+    assert len(train.parts()) == 3
+    assert texts_of(train) == texts
+    limited = HuggingFaceDataset(str(hub_layout), "en", max_documents=25).splits()[-1]
+    (part,) = limited.parts()
+    assert list(part.read()) == [(text, i + 1) for i, text in enumerate(texts[:25])]  # type: ignore[union-attr]
+    assert part.size == 25
 
 
-def test_mistakes_with_a_dataset_are_one_sentence(local_dataset: Path) -> None:
+def test_mistakes_with_a_dataset_are_one_sentence(hub_layout: Path) -> None:
     with pytest.raises(DataError, match=r"split test\) cannot be opened") as error:
-        list(HuggingFaceDataset(str(local_dataset), split="test").splits()[0].open().items)
+        HuggingFaceDataset(str(hub_layout), "en", split="test").splits()[0].parts()
     assert "\n" not in str(error.value)
-    with pytest.raises(DataError, match=r"no string field body: choose source.text_field from text, id"):
-        list(HuggingFaceDataset(str(local_dataset), text_field="body").splits()[0].open().items)
+    broken = texts_of(HuggingFaceDataset(str(hub_layout), "en", text_field="body").splits()[0])[0]
+    assert isinstance(broken, Broken)
+    assert "document 1: no string field body: choose source.text_field from text, timestamp, url" in broken.message
     with pytest.raises(DataError, match=r"source\.max_documents=0"):
-        HuggingFaceDataset(str(local_dataset), max_documents=0).splits()
+        HuggingFaceDataset(str(hub_layout), max_documents=0).splits()
+    path = next((hub_layout / "en").glob("c4-train.00001*"))
+    path.write_bytes(path.read_bytes()[:-50])
+    broken = texts_of(HuggingFaceDataset(str(hub_layout), "en").splits()[0])[-21]
+    assert isinstance(broken, Broken)
+    assert "shard 2 of 3, after document 0: cannot be read" in broken.message
+
+
+def test_token_files_are_found_by_suffix(tmp_path: Path) -> None:
+    for name in ("b.npy", "a.npy", "notes.txt", "validation/web.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\1\0\2\0")
+    validation, train = TokenFiles(str(tmp_path)).splits()
+    assert validation.name == "validation/web"
+    assert train.settings == {"kind": "token_files", "files": [["a.npy", 4], ["b.npy", 4]]}
+
+
+def test_several_sources_come_by_name_with_their_weights(tmp_path: Path, c4_folder: Path, write_c4: Callable) -> None:
+    write_c4(tmp_path / "code" / "a.json.gz", ["x = 1"])
+    file = tmp_path / "sources.yaml"
+    file.write_text(
+        f"web: {{source: files, path: {c4_folder}, weight: 0.7}}\n"
+        f"code: {{source: files, path: {tmp_path / 'code'}, weight: 0.3}}\n"
+    )
+    source = SeveralSources(str(file))
+    names = [split.name for split in source.splits()]
+    assert names == ["web/validation/books", "web/validation/news", "web/train", "code/train"]
+    assert source.weights() == {"web": 0.7, "code": 0.3}
+    assert texts_of(source.splits()[-1]) == ["x = 1"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "holds no sources"),
+        ("a: {", "cannot be read"),
+        ("a: 3", "a: source=None is not a source: choose files, datasets"),
+        ("a: {source: several, weight: 1}", "a: source=several is not a source"),
+        ("a: {source: files, path: x}", "a: weight=None cannot be used: give a positive number"),
+        ("a: {source: files, path: x, weight: -1}", "a: weight=-1 cannot be used"),
+        ("a: {source: files, weight: 1}", "a: .*path"),
+        ("a: {source: files, path: x, wieght: 1, weight: 1}", "a: wieght is not a key of source=files: it has path"),
+        ("a: {source: files, path: x, part_megabytes: many, weight: 1}", "a: .*many"),
+        ("a: {source: files, path: /no/such, weight: 1}", "a: source.path=/no/such is no folder"),
+        ("train: {source: files, path: x, weight: 1}", "train: cannot be the name"),
+        ("a/b: {source: files, path: x, weight: 1}", "a/b: cannot be the name"),
+    ],
+)
+def test_a_mistake_in_a_file_of_sources_is_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "sources.yaml"
+    file.write_text(content)
+    with pytest.raises(DataError, match=rf"sources\.yaml.*{sentence}") as error:
+        SeveralSources(str(file)).splits()
+    assert "\n" not in str(error.value)

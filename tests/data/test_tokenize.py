@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from data.shards import DataError, read_manifest
-from data.tokenize import Documents, TextTokenizer, load_tokenizer, tokenize_split, train_tokenizer
+from data.shards import DataError
+from data.tokenize import TextTokenizer, first_texts, load_tokenizer, train_tokenizer
 
 
 @pytest.fixture
@@ -123,33 +122,6 @@ def test_a_hub_name_without_a_network_is_one_sentence(monkeypatch: pytest.Monkey
     assert "\n" not in str(error.value)
 
 
-def test_a_split_equals_a_plain_loop(tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.tokenize.BATCH_CHARACTERS", 50)  # many batches, some of one long document
-    texts = ["short", "", "é" * 200, "a tab\tand\na line", "x" * 49, "✓ last"]
-    documents = Documents([(text, i + 1) for i, text in enumerate(texts)], len(texts), "doc")
-    manifest = tokenize_split(
-        documents, tokenizer, tmp_path / "out", tokens_per_file=60, preparation={"a": 1}, label="test"
-    )
-    plain = Tokenizer.from_str(tokenizer.content.decode())
-    expected = [
-        i for text in texts if text for i in [*plain.encode(text, add_special_tokens=False).ids, tokenizer.eos_id]
-    ]
-    raw = b"".join((tmp_path / "out" / file.name).read_bytes() for file in manifest.files)
-    assert np.frombuffer(raw, "<u2").tolist() == expected
-    assert manifest.documents == 5  # the empty text is no document
-    assert manifest.bytes == sum(len(text.encode()) for text in texts)
-    assert manifest.tokenizer == tokenizer.identity
-    assert manifest == read_manifest(tmp_path / "out")
-
-
-def test_an_error_in_the_source_leaves_no_manifest(tmp_path: Path, tokenizer: TextTokenizer) -> None:
-    def items():
-        yield "fine", 1
-        raise DataError("the second is broken")
-
-    with pytest.raises(DataError, match="the second is broken"):
-        tokenize_split(
-            Documents(items(), None, "doc"), tokenizer, tmp_path, tokens_per_file=5, preparation={}, label="test"
-        )
-    with pytest.raises(DataError, match="did not finish"):
-        read_manifest(tmp_path)
+def test_the_text_of_training_ends_with_the_document_that_reaches_the_limit() -> None:
+    assert list(first_texts(["ab", "✓", "c", "d"], 5)) == ["ab", "✓"]
+    assert list(first_texts(["ab", "✓", "c", "d"], 6)) == ["ab", "✓", "c"]

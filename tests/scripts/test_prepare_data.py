@@ -40,7 +40,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "source=c4_files", f"source.path={text}", "tokenizer=train"]
+    command = [sys.executable, str(SCRIPT), "source=files", f"source.path={text}", "tokenizer=train"]
     work = tmp_path / "work"
     work.mkdir()
     done = subprocess.run(
@@ -53,21 +53,21 @@ def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_p
     assert read_manifest(work / "shards" / "train").documents == 50
     assert len(TokenDataset(work / "shards" / "train", 8)) > 10
     assert "data.path=shards" in done.stdout
-    assert "train:" in done.stderr  # the progress bar
+    assert "tokenizing:" in done.stderr  # the progress bar
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("tokenizer=train output=o", "source is not set: choose source=c4_files"),
-        ("source=c4 tokenizer=train output=o", "source=c4 is not a source: choose source=c4_files"),
-        ("sorce=c4_files", "sorce is not a key of this configuration: the nearest is source."),
-        ("source=c4_files source.pth=x", "source.pth is not a key of this configuration: the nearest is source.path."),
-        ("source=c4_files +tokeniser=x", "+tokeniser is not a key of this configuration: the nearest is tokenizer."),
-        ("source=c4_files source.path=x tokenizer=train", "output is not set: add output=... to the command."),
-        ("source=c4_files output=o tokenizer=train", "source.path is not set: add source.path=... to the command."),
+        ("tokenizer=train output=o", "source is not set: choose source=files"),
+        ("source=c4 tokenizer=train output=o", "source=c4 is not a source: choose source=files"),
+        ("sorce=files", "sorce is not a key of this configuration: the nearest is source."),
+        ("source=files source.pth=x", "source.pth is not a key of this configuration: the nearest is source.path."),
+        ("source=files +tokeniser=x", "+tokeniser is not a key of this configuration: the nearest is tokenizer."),
+        ("source=files source.path=x tokenizer=train", "output is not set: add output=... to the command."),
+        ("source=files output=o tokenizer=train", "source.path is not set: add source.path=... to the command."),
         ("source=embedded tokenizer=train", "output is not set"),
-        ("source=c4_files source.path=/no/such tokenizer=train output=o", "source.path=/no/such is not a folder"),
+        ("source=files source.path=/no/such tokenizer=train output=o", "source.path=/no/such is no folder and no file"),
         ("source=embedded tokenizer=/no/such.json output=o", "tokenizer=/no/such.json does not exist"),
         ("source=embedded tokenizer=train output=o tokens_per_file=many", "tokens_per_file=many cannot be used"),
         ("source=embedded tokenizer=train output=o source.max_megabytes=x", "source.max_megabytes=x cannot be used"),
@@ -98,7 +98,7 @@ def test_the_configuration_and_the_help_can_be_shown(script: ModuleType, capsys:
     assert "path: somewhere/text" in capsys.readouterr().out
     assert script.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for word in ("source=c4_files", "max_megabytes", "text_field", "tokens_per_file"):
+    for word in ("source=files", "max_megabytes", "text_field", "tokens_per_file"):
         assert word in shown
 
 
