@@ -132,7 +132,7 @@ class Trainer:
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
         self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
         self._build_data()
-        check_ranks(world, config, self.run_dir, self.manifest.fingerprint)
+        check_ranks(world, config, self.run_dir, self.stream.fingerprint)
         self._build_model()
         self._restore(checkpoint)
         if world.is_main:
