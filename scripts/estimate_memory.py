@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.accounting import Memory, describe, memory
+from models.accounting import Memory, describe
 from models.config import ACTIVATION_CHECKPOINTING, ConfigError
 from training.compose import plan
 from training.config import Config
+from training.memory_estimate import estimate
 
 # Share of a device that the estimate may fill: the allocator's fragments, the CUDA context and NCCL take the rest.
 USABLE = 0.92
@@ -39,45 +40,34 @@ def main(arguments: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    held = estimate(config, options.gpus)
+    held = on_gpu(config, options.gpus)
     print(describe(config.model, config.data.sequence_length, held))
     fits = held.total <= USABLE * capacity
-    print(
-        f"\nThis {'fits' if fits else 'does not fit'} {capacity / 1e9:.0f} GB, of which {USABLE:.0%} are counted on.\n"
-    )
+    verdict = "fits" if fits else "does not fit"
+    print(f"\nThis {verdict} {capacity / 1e9:.0f} GB, of which {USABLE:.0%} are counted on.\n")
     print("| activation checkpointing | this micro-batch | largest micro-batch that fits, about |\n|---|---|---|")
     for kind in ACTIVATION_CHECKPOINTING:
-        total, largest = (
-            estimate(config, options.gpus, kind).total,
-            largest_that_fits(config, options.gpus, kind, capacity),
-        )
+        total = on_gpu(config, options.gpus, kind).total
+        largest = largest_that_fits(config, options.gpus, kind, capacity)
         print(f"| {kind} | {total / 1e9:.1f} GB | {largest or 'none'} |")
     return 0 if fits else 1
 
 
-def estimate(
-    config: Config, gpus: int, checkpointing: str | None = None, micro_batch_size: int | None = None
-) -> Memory:
+def on_gpu(config: Config, gpus: int, checkpointing: str | None = None, micro_batch_size: int | None = None) -> Memory:
     """The memory of `config` on a rank of a GPU run, by default as it is configured."""
-    training, parallel = config.training, config.parallel
-    size = micro_batch_size or training.micro_batch_size
-    return memory(
-        config.model,
-        size,
-        config.data.sequence_length,
-        world_size=gpus,
-        replicate=parallel.replicate,
-        compute_dtype=torch.float32 if training.precision == "fp32" else torch.bfloat16,
-        activation_checkpointing=checkpointing or parallel.activation_checkpointing,
-        compiled=parallel.compile is not False,
-        reshard_after_forward=parallel.reshard_after_forward,
-        accumulates=training.global_batch_size > size * gpus,
+    return estimate(
+        config,
+        gpus,
+        compute_dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
+        compiled=config.parallel.compile is not False,
+        activation_checkpointing=checkpointing,
+        micro_batch_size=micro_batch_size,
     )
 
 
 def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: float) -> int:
     """Instances of the largest micro-batch, 0 for none: what is held at each moment of a step grows in proportion."""
-    fewer, more = (estimate(config, gpus, checkpointing, size).moments for size in PROBES)
+    fewer, more = (on_gpu(config, gpus, checkpointing, size).moments for size in PROBES)
     largest = math.inf
     for moment, held in fewer.items():
         growth = (more[moment] - held) / (PROBES[1] - PROBES[0])

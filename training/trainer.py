@@ -30,7 +30,7 @@ from data.documents import MicroBatch
 from data.loader import BatchLoader
 from data.shards import write_atomically
 from eval.perplexity import PerplexityEvaluator
-from models.accounting import count_parameters, describe, memory, peak_flops, training_flops_per_token
+from models.accounting import count_parameters, describe, peak_flops, training_flops_per_token
 from models.config import ConfigError
 from models.decoder import Decoder
 from models.initialization import initialize
@@ -49,6 +49,7 @@ from training.data import check_same_data, open_stream, validation_folders
 from training.distributed import World, distributed_world
 from training.garbage import GarbageCollection
 from training.lock import run_lock
+from training.memory_estimate import estimate
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
 from training.profiling import StepProfiler
@@ -341,18 +342,8 @@ class Trainer:
         compute_dtype = world.compute_dtype(config.training.precision)
         compile_backend = world.compile_backend(config.parallel.compile)
         if world.is_main:
-            held = memory(
-                config.model,
-                config.training.micro_batch_size,
-                config.data.sequence_length,
-                world_size=world.size,
-                replicate=config.parallel.replicate,
-                compute_dtype=compute_dtype,
-                activation_checkpointing=config.parallel.activation_checkpointing,
-                compiled=compile_backend is not None,
-                reshard_after_forward=config.parallel.reshard_after_forward,
-                accumulates=config.training.global_batch_size > config.training.micro_batch_size * world.size,
-            )
+            compiled = compile_backend is not None
+            held = estimate(config, world.size, compute_dtype=compute_dtype, compiled=compiled)
             self.console.say(f"model {config.model.name}\n{describe(config.model, config.data.sequence_length, held)}")
         with torch.device("meta"):
             model = Decoder(config.model)

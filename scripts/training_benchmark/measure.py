@@ -21,11 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from data.shards import DataError
-from models.accounting import memory, peak_flops, training_flops_per_token
+from models.accounting import peak_flops, training_flops_per_token
 from models.config import ConfigError
 from training.compose import plan
 from training.config import Config
 from training.distributed import distributed_world
+from training.memory_estimate import estimate
 from training.preflight import checked
 from training.signals import stop_on_signals
 from training.trainer import Trainer
@@ -100,13 +101,10 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
             if peak and steps > 1:
                 flops = training_flops_per_token(config.model, config.data.sequence_length)
                 result["mfu"] = result["tokens_per_second"] * flops / (peak * world.size)
-        result["estimated_bytes"] = memory(
-            config.model,
-            config.training.micro_batch_size,
-            config.data.sequence_length,
-            world_size=world.size,
+        result["estimated_bytes"] = estimate(
+            config,
+            world.size,
             compute_dtype=world.compute_dtype(config.training.precision),
-            activation_checkpointing=config.parallel.activation_checkpointing,
             compiled=world.compile_backend(config.parallel.compile) is not None,
         ).total
         return result

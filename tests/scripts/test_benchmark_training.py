@@ -71,7 +71,7 @@ def test_a_moda_row_is_divided_by_the_baseline_of_the_same_shape():
 def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, monkeypatch):
     benchmark_training.SECTION.check(benchmark_training.PAGE)  # the real page has the marks
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{benchmark_training.SECTION.begin}\nold\n{benchmark_training.SECTION.end}\nafter\n")
+    page.write_text(f"before\n{benchmark_training.SECTION.begin}\nearlier\n{benchmark_training.SECTION.end}\nafter\n")
     monkeypatch.setattr(benchmark_training, "PAGE", page)
     (tmp_path / "training.json").write_text(json.dumps(results(olmo2_700m=100e3)))
     assert main(["--from", str(tmp_path / "training.json"), "--docs"]) == 0
@@ -79,7 +79,7 @@ def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, m
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| `olmo2_700m` |" in text
-    assert "old" not in text
+    assert "earlier" not in text
 
 
 def test_a_later_result_replaces_an_earlier_one_and_its_failure():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.estimate_memory import USABLE, _config, estimate, largest_that_fits, main
+from scripts.estimate_memory import USABLE, _config, largest_that_fits, main, on_gpu
 
 PLAIN = "parallel.compile=false"
 
@@ -10,8 +10,8 @@ PLAIN = "parallel.compile=false"
 def test_the_largest_micro_batch_fits_and_one_more_does_not():
     config = _config(["model=moda_700m", PLAIN, "training.global_batch_size=1024"], 2)
     largest = largest_that_fits(config, 2, "full", 60e9)
-    assert estimate(config, 2, "full", largest).total <= 1.02 * USABLE * 60e9
-    assert estimate(config, 2, "full", largest + 1).total > USABLE * 60e9
+    assert on_gpu(config, 2, "full", largest).total <= 1.02 * USABLE * 60e9
+    assert on_gpu(config, 2, "full", largest + 1).total > USABLE * 60e9
     assert largest_that_fits(config, 2, "none", 5e9) == 0
 
 
