@@ -107,6 +107,9 @@ class Inspection:
                 f"text ({manifest.bytes_per_token:.3f} a token) | {len(manifest.files)} files of {manifest.dtype} | "
                 f"fingerprint {manifest.fingerprint}"
             )
+            for what, counts in (("left out by filters", manifest.filtered), ("broken input", manifest.broken)):
+                if counts:
+                    print(f"    {what}: {', '.join(f'{count:,} {reason}' for reason, count in counts.items())}")
         manifest = read_manifest(root / "train")
         print(
             f"  tokenizer {manifest.tokenizer['name']} ({manifest.tokenizer['sha256'][:16]}), "

@@ -16,7 +16,8 @@ def folder(tmp_path_factory):
 
 
 def test_a_report_has_all_that_was_asked_for(folder, tmp_path, capsys):
-    shutil.copytree(folder, tmp_path / "corpus")
+    path = shutil.copytree(folder, tmp_path / "corpus") / "train" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"filtered": {"duplicate": 3, "length": 1}}))
     options = ["--sequence-length", "64", "--instances", "3", "--histogram", "--verify", "--overlap", "5"]
     assert main([str(tmp_path / "corpus"), *options, "--picture", str(tmp_path / "batch.png")]) == 0
     said = capsys.readouterr().out
@@ -24,6 +25,7 @@ def test_a_report_has_all_that_was_asked_for(folder, tmp_path, capsys):
     for words in (
         f"train: 60 documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text",
         f"fingerprint {manifest.fingerprint}",
+        "left out by filters: 3 duplicate, 1 length\n",
         "tokenizer counting",
         "validation/odd: the checksums of all files are right",
         "120 of 120 ids occur",
