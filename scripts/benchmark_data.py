@@ -203,15 +203,18 @@ def command(folder: Path, output: Path, part_bytes: float, filters: str, options
 
 def memory(options: argparse.Namespace, scratch: Path) -> None:
     """Print the peak memory of preparations of 1, 2, 4 ... times the same slice, and the slope."""
+    size, file_bytes = cut_slice(options.paths, options.megabytes, scratch / "one")
+    limits = "min_characters: 30"
+    if options.max_characters is not None:
+        limits += f", max_characters: {options.max_characters}"
     rows = []
     for times in [2**i for i in range(options.doublings + 1)]:
-        size, file_bytes = cut_slice(options.paths, options.megabytes, scratch / "one")
         folder = scratch / "many"
         folder.mkdir()
         for copy in range(times):
             for path in (scratch / "one").iterdir():
                 os.link(path, folder / f"{copy:05d}-{path.name}")
-        prepare_it = command(folder, scratch / "out", file_bytes / 2, "[{name: length, min_characters: 30}]", options)
+        prepare_it = command(folder, scratch / "out", file_bytes / 2, f"[{{name: length, {limits}}}]", options)
         process = subprocess.Popen(prepare_it, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
@@ -220,13 +223,13 @@ def memory(options: argparse.Namespace, scratch: Path) -> None:
         if process.returncode:
             raise SystemExit(f"error: the preparation ended with status {process.returncode}.")
         rows.append((size * times / 1e6, peak / 1e6))
-        for made in ("one", "many", "out"):
+        for made in ("many", "out"):
             shutil.rmtree(scratch / made)
     print("| MB of text | peak MB, all processes |\n|---|---|")
     for size_mb, peak_mb in rows:
-        print(f"| {size_mb:.1f} | {peak_mb:.0f} |")
+        print(f"| {size_mb:.1f} | {peak_mb:.1f} |")
     slope = statistics.linear_regression(*zip(*rows, strict=True)).slope
-    print(f"\nslope: {slope:.2f} MB of memory for each MB of text; two processes, {Path(options.tokenizer).name}")
+    print(f"\nslope: {slope:.4f} MB of memory for each MB of text; two processes, {Path(options.tokenizer).name}")
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -288,6 +291,8 @@ def main(arguments: list[str]) -> int:
             added.add_argument("--rounds", type=int, default=3, help="times that every tool runs")
         elif run is memory:
             added.add_argument("--doublings", type=int, default=3, help="times that the input is doubled")
+            limit = "leave out longer documents, to read much in little time"
+            added.add_argument("--max-characters", type=int, help=limit)
         else:
             added.add_argument("--kills", type=int, default=20, help="times that the preparation is killed")
             added.add_argument("--seed", type=int, default=0, help="of the moments")
