@@ -1,7 +1,8 @@
 """Train a model: `python train.py model=moda_tiny data.path=SHARDS`; more with `--help` and in docs/configuration.md.
 
 In: `configs/` and the command line. Out: a run directory for each job. Exit status: 0; 2 for a mistake of the user, in
-one sentence before any file is made; 1 for a run that failed (in a sweep the others still run); 130 interrupted.
+one sentence before any file is made; 1 for a run that failed (in a sweep the others still run); 75 when a rank died or
+stood still (start it again); 128 + signal after a signal, with a checkpoint.
 """
 
 import os
@@ -49,11 +50,18 @@ def main(arguments: list[str]) -> int:
 
 def train_all(jobs: list[Job]) -> int:
     """Train one job after the other. Returns the exit status; what fails in a single job is raised."""
-    from training.trainer import train  # imports torch, which takes seconds: mistakes are answered before
+    # They import torch, which takes seconds: mistakes are answered before.
+    from training.resume import choose_checkpoint
+    from training.trainer import train
 
     if len(jobs) == 1:
         train(jobs[0].config)
         return 0
+    for job in jobs:  # what cannot be continued is known before the first starts
+        try:
+            choose_checkpoint(job.config)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"{error} (job {job.label})") from error
     failed = []
     for number, job in enumerate(jobs):
         say(f"job {number} of {len(jobs)}: {job.label} -> {job.config.run.dir}")

@@ -50,10 +50,13 @@ class PerplexityEvaluator:
         self.rank, self.world_size, self.reduce = rank, world_size, reduce
 
     @torch.no_grad()
-    def evaluate(self, model: Decoder, device: torch.device) -> dict[str, float]:
+    def evaluate(
+        self, model: Decoder, device: torch.device, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """`validation/DOMAIN/{loss,perplexity,bits_per_byte}` and `validation/mean/loss`, `.../perplexity`.
 
         Ranks compute equally many batches, since a sharded model gathers weights together; all return the result.
+        `stop` is asked before each batch, and must say the same on all ranks: when it is true, the result is None.
         """
         metrics: dict[str, float] = {}
         losses = []
@@ -61,6 +64,8 @@ class PerplexityEvaluator:
             total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
             eos_id = dataset.manifest.eos_id if self.document_mask else None
             for rows in self._batches(dataset):
+                if stop():
+                    return None
                 batch = micro_batch(rows, eos_id, weight=1.0).to(device)
                 count = (batch.targets >= 0).sum()
                 total += torch.stack((model(*batch[:3]).cross_entropy.double() * count, count))

@@ -22,7 +22,7 @@ from eval.perplexity import PerplexityEvaluator
 from models.config import ConfigError
 from models.decoder import Decoder
 from models.parallelize import parallelize
-from training.checkpoint import find_checkpoints, load_checkpoint, read_state
+from training.checkpoint import find_checkpoints, load_checkpoint, read_marker
 from training.compose import config_of_checkpoint
 from training.data import validation_folders
 from training.distributed import distributed_world
@@ -65,7 +65,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json} cannot be written: {options.json.parent} does not exist.")
     checkpoint = newest(options.checkpoint)
-    state = read_state(checkpoint)
+    state = read_marker(checkpoint).state
     config = config_of_checkpoint(checkpoint, state.config)
     data = replace(config.data, path=options.data, mixture=[]) if options.data else config.data
     shards = ", ".join(data.paths)
@@ -95,7 +95,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
             model = Decoder(config.model)
         model = parallelize(model, world.mesh, compute_dtype=world.compute_dtype(config.training.precision))
         load_checkpoint(checkpoint, model, None, world)
-        return {"step": state.step} | evaluator.evaluate(model, world.device)
+        return {"step": state.step} | (evaluator.evaluate(model, world.device) or {})
 
 
 def newest(path: Path) -> Path:

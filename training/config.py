@@ -99,6 +99,11 @@ class TrainingConfig:
     device: str = "auto"  # auto (cuda when there is one), cpu or cuda
     precision: str = "auto"  # compute dtype: auto (bf16 on cuda, fp32 on cpu), fp32 or bf16; master weights are fp32
     max_grad_norm: float = 1.0  # global gradient norm is clipped to this (0: off)
+    skip_sigmas: float = 6.0  # a step whose loss or gradient norm is so many deviations too high is skipped (0: never)
+    skip_window: int = 128  # steps that mean and deviation are taken over; half of them must be known
+    skip_limit: int = 20  # the run ends after so many skipped steps in a row, those that are no number included
+    hang_factor: float = 30.0  # a run that makes no step for so many median steps ends, with stack traces (0: never)
+    hang_seconds: float = 300.0  # but not before this; also the limit for an evaluation, a save, the first steps
 
     def validate(self, world_size: int) -> None:
         """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
@@ -119,6 +124,12 @@ class TrainingConfig:
             self.max_grad_norm,
             "use 0 (off) or a positive number",
         )
+        for name, word in (("skip_sigmas", "skips only what is no number"), ("hang_factor", "never ends a run")):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"training.{name}", value, f"use a positive number, or 0 ({word})")
+        require(self.skip_window >= 4, "training.skip_window", self.skip_window, "use at least 4 steps")
+        require(self.skip_limit >= 1, "training.skip_limit", self.skip_limit, "use a positive number of steps")
+        require(0 < self.hang_seconds < math.inf, "training.hang_seconds", self.hang_seconds, "use a positive number")
         if self.global_batch_size % (self.micro_batch_size * world_size):
             raise ConfigError(self._indivisible(world_size))
 
@@ -202,14 +213,19 @@ class CheckpointConfig:
     """When to save and what to continue."""
 
     every: int = 1000  # steps between checkpoints (the last step is always saved)
-    keep: int | None = 3  # newest checkpoints kept (null: all)
+    keep: int | None = 3  # newest checkpoints kept, permanent ones apart (null: all)
+    permanent_every: int | None = None  # steps between checkpoints that are never deleted (null: none)
+    asynchronous: bool = True  # write while training goes on (false: training waits)
     resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
     allow_other_data: bool = False  # continue on other tokens than those of the checkpoint
+    allow_changes: list[str] = field(default_factory=list)  # keys that may differ on resume although results change
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
         require(self.every >= 1, "checkpoint.every", self.every, "use a positive number of steps")
         require(self.keep is None or self.keep >= 1, "checkpoint.keep", self.keep, "use null (all) or at least 1")
+        permanent = self.permanent_every
+        require(permanent is None or permanent >= 1, "checkpoint.permanent_every", permanent, "use null or at least 1")
         require(bool(self.resume.strip()), "checkpoint.resume", self.resume, "use auto, never or a checkpoint's path")
 
 

@@ -29,6 +29,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # one dimension, all ranks
+    store: dist.Store | None  # what the ranks can tell each other without a collective; None for one process
 
     @property
     def is_main(self) -> bool:
@@ -78,11 +79,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on some rank."""
+        return bool(self.largest(int(flag)))
+
+    def largest(self, number: int) -> int:
+        """The largest `number` of all ranks. They wait for each other, not for their devices."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(int(flag))  # on the CPU: no device synchronisation
+            return number
+        value = torch.tensor(number)  # on the CPU
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+        return int(value)
 
 
 @contextmanager
@@ -94,16 +99,19 @@ def distributed_world(device: str) -> Iterator[World]:
     if kind == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(own)
+    # Jobs of one process share the store of the launcher, and so do the attempts of torchrun --max-restarts: a prefix
+    # keeps their addresses apart.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"attempt-{attempt}-job-{next(_jobs)}", _store())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        # Jobs of one process share the store of the launcher: a prefix keeps their addresses apart.
-        store=dist.PrefixStore(f"job-{next(_jobs)}", _store()),
+        store=store,
         rank=rank,
         world_size=size,
         device_id=own if kind == "cuda" else None,
     )
     try:
-        yield World(rank, size, own, init_device_mesh(kind, (size,)))
+        yield World(rank, size, own, init_device_mesh(kind, (size,)), store if size > 1 else None)
     finally:
         dist.destroy_process_group()
 

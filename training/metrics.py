@@ -117,9 +117,15 @@ class TrainingClock:
     `warmup_steps` steps of this process, which compile, allocate and fill caches.
     """
 
-    def __init__(self, step: int, *, warmup_steps: int = 3, now: Callable[[], float] = time.perf_counter) -> None:
-        """Start at `step` (steps done before this process, 0 for a new run); `now` returns seconds."""
+    def __init__(
+        self, step: int, *, before: float = 0.0, warmup_steps: int = 3, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        """Start at `step` (steps done before this process, 0 for a new run), which took `before` seconds.
+
+        `now` returns seconds.
+        """
         self._now = now
+        self._before = before
         self._start = self._lap_start = now()
         self._lap_step = step
         self._warm_step = step + warmup_steps
@@ -129,8 +135,8 @@ class TrainingClock:
 
     @property
     def elapsed(self) -> float:
-        """Wall-clock seconds since this clock was made, pauses included."""
-        return self._now() - self._start
+        """Wall-clock seconds of all starts of the run together, pauses included."""
+        return self._before + self._now() - self._start
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,10 +11,7 @@ import json
 import math
 import os
 import resource
-import shlex
-import shutil
-import sys
-import time
+import signal
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,33 +28,32 @@ from data.loader import BatchLoader
 from data.shards import write_atomically
 from eval.perplexity import PerplexityEvaluator
 from models.accounting import count_parameters, describe, peak_flops, training_flops_per_token
-from models.config import ConfigError
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.parallelize import parallelize
-from training.checkpoint import (
-    TrainState,
-    check_resumable,
-    find_checkpoints,
-    load_checkpoint,
-    read_state,
-    save_checkpoint,
-)
+from training.checkpoint import TrainState, checkpoint_path, load_checkpoint
 from training.config import Config, TrainingError, resolved
 from training.curves import draw_curves
-from training.data import check_same_data, open_stream, validation_folders
+from training.data import open_stream, validation_folders
 from training.distributed import World, distributed_world
 from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, set_lr
+from training.out_of_memory import explain
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
+from training.resume import choose_checkpoint, continue_command
+from training.saver import CheckpointSaver
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
+from training.skip import SpikeFilter
 from training.tracking import WandbTracker, previous_run_id
 from training.versions import record_versions
+from training.watchdog import Watchdog
+
+NO_DATA = 1000  # above all signals
 
 
 def train(config: Config) -> None:
@@ -69,56 +65,16 @@ def train(config: Config) -> None:
     """
     choose_checkpoint(config)
     with ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals())
         checkpoint = None
         if os.environ.get("RANK", "0") == "0":
             stack.enter_context(run_lock(Path(config.run.dir)))
             # Again: nobody else changes the directory from here on.
-            checkpoint = choose_checkpoint(config, warn=lambda text: print(f"warning: {text}", file=sys.stderr))
+            checkpoint = choose_checkpoint(config, locked=True)
         world = stack.enter_context(distributed_world(config.training.device))
-        stop = stack.enter_context(stop_on_signals())
         Trainer(config, world, stop, world.broadcast(checkpoint)).fit()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
-
-
-def choose_checkpoint(config: Config, warn: Callable[[str], None] = lambda text: None) -> Path | None:
-    """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration.
-
-    Raises ConfigError when it would be another run; `warn` gets a sentence for each damaged checkpoint.
-    """
-    run_dir, resume = Path(config.run.dir), config.checkpoint.resume
-    found = find_checkpoints(run_dir, on_damage=warn)
-    if resume == "never":
-        if found or (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
-            )
-        return None
-    path = found[-1].resolve() if found else None
-    if resume != "auto":
-        given = Path(resume).resolve()
-        read_state(given, "checkpoint.resume")
-        if path is None:
-            path = given
-        elif path != given and path.parent == given.parent:
-            raise ConfigError(
-                f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
-                "or set another run.name to continue there."
-            )
-        elif path != given and read_state(path).begun_from != str(given):
-            raise ConfigError(
-                f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
-                "its own: set another run.name, or checkpoint.resume=auto to continue it."
-            )
-    if path is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
-        # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
-        check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), resolved(config), run_dir)
-    if path is not None:
-        saved = read_state(path)
-        check_resumable(saved.config, resolved(config), path)
-        allowed = config.checkpoint.allow_other_data
-        check_same_data(saved.data, saved.sources, open_stream(config), path, allowed=allowed)
-    return path
 
 
 class Trainer:
@@ -138,49 +94,71 @@ class Trainer:
         self._restore(checkpoint)
         if world.is_main:
             self._open_run_directory()
+        self.watchdog = Watchdog(world, self.run_dir, config.training.hang_factor, config.training.hang_seconds)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal; leave a checkpoint, curves and a summary."""
-        config, state = self.config, self.state
-        failed = True
         self.garbage.start()
+        self.watchdog.start()
+        ended = failed = "it was interrupted"
         try:
-            clock = self.clock = TrainingClock(state.step)
-            self.waited = state.step, self.loader.waited  # at the last record
-            if state.step == 0 and config.evaluation.every:
-                self._record(self._evaluate())
-            self.loader.prefetch(state.instances)
-            while state.step < self.last_step and not self.world.any(self._must_stop()):
-                loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
-                state.step += 1
-                state.instances += config.training.global_batch_size
-                state.tokens += config.training.global_batch_size * config.data.sequence_length
-                self.loader.prefetch(state.instances)
-
-                ends = state.step == self.last_step
-                evaluates = config.evaluation.every and (ends or state.step % config.evaluation.every == 0)
-                if ends or evaluates or state.step % config.logging.every == 0:
-                    values = self._training_values(loss, grad_norm, lr)
-                    self._record(values | (self._evaluate() if evaluates else {}))
-                    self._check_finite(loss, grad_norm)
-                if ends or state.step % config.checkpoint.every == 0:
-                    self._check_finite(loss, grad_norm)
-                    self._save()
-            with clock.paused():
+            self._train()
+            with self.clock.paused():
                 self._finish()
-            self._check_data()
-            failed = False
+            self._check_data()  # all ranks wait here: a launcher ends those that still work when others have ended
+            ended = failed = ""
+        except torch.OutOfMemoryError as error:
+            ended = explain(error, self.config, self.world)
+            raise TrainingError(ended) from error
+        except TrainingError:
+            ended = ""  # all ranks have come to it together
+            raise
+        except Exception as error:
+            self.watchdog.await_verdict(error)
+            ended = f"{type(error).__name__}: {error}"
+            raise
         finally:
             self.garbage.stop()
             self.profiler.close()
             self.loader.close()
+            self.saver.close()
+            self.watchdog.close(ended)
             if self.world.is_main:
-                self.tracker.finish(exit_code=int(failed))
+                self.tracker.finish(exit_code=int(bool(failed)))
                 self.log.close()
 
-    def _must_stop(self) -> bool:
-        """Whether this rank cannot, or shall not, do another step."""
-        return self.stop.signal is not None or not self.loader.ready(self.state.instances)
+    def _train(self) -> None:
+        config, state, watchdog = self.config, self.state, self.watchdog
+        self.clock = TrainingClock(state.step, before=state.seconds)
+        self.waited = state.step, self.loader.waited  # at the last record
+        if state.unrecorded or (state.step == 0 and config.evaluation.every):
+            self._evaluate_and_record(state.unrecorded)
+        self.loader.prefetch(state.instances)
+        save_due = False
+        while state.step < self.last_step and not self._stopping(has_data=self.loader.ready(state.instances)):
+            batch = self.loader.batch(state.instances)
+            watchdog.mark(f"the data of step {state.step + 1}")
+            loss, grad_norm, lr = self._step(batch)
+            state.step += 1
+            state.instances += config.training.global_batch_size
+            state.tokens += config.training.global_batch_size * config.data.sequence_length
+            self.loader.prefetch(state.instances)
+            watchdog.step_done(f"step {state.step}")
+
+            ends = state.step == self.last_step
+            evaluates = config.evaluation.every and (ends or state.step % config.evaluation.every == 0)
+            if ends or evaluates or state.step % config.logging.every == 0:
+                values = self._training_values(loss, grad_norm, lr)
+                if evaluates:
+                    self._evaluate_and_record(values)
+                else:
+                    self._record(values)
+                self._check_skips()
+            save_due |= ends or self.saver.is_due(state.step)
+            # Not while steps are skipped: the weights are in doubt, and an older checkpoint would be deleted for them.
+            if save_due and (ends or self._check_skips() == 0):
+                self._save()
+                save_due = False
 
     def _check_data(self) -> None:
         """Raise, on every rank, when one of them could not read its next batch."""
@@ -192,7 +170,7 @@ class Trainer:
             )
 
     def _step(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor, float]:
-        """One optimizer step. Returns this rank's mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
+        """One optimizer step. Returns the global mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
         total = torch.zeros(2, device=self.world.device)
         for index, batch in enumerate(micro_batches):
             self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
@@ -205,25 +183,45 @@ class Trainer:
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.state.step, self.config.training.steps)
         set_lr(self.optimizer, lr)
+        total = self.world.mean(total)
+        # The fused kernel leaves everything as it is where this is 1, as it does for torch.amp's gradient scaler.
+        self.optimizer.found_inf = self.spikes.judge(total[0], grad_norm)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
         for notify in self.after_step:
             notify(self.state.step + 1)
         return total, grad_norm, lr
 
-    def _evaluate(self) -> dict[str, float]:
+    def _stopping(self, has_data: bool = True) -> bool:
+        """Whether some rank got a signal, which all know from here on, or has no data for its next step."""
+        number = self.world.largest((self.stop.signal or 0) if has_data else NO_DATA)
+        if 0 < number < NO_DATA:
+            self.stop.signal = signal.Signals(number)
+        return number != 0
+
+    def _evaluate_and_record(self, values: dict[str, float]) -> None:
+        """Record the values of this step with its validation; one that a signal ends is made at the next start."""
+
+        def stopping() -> bool:
+            self.watchdog.mark(f"a batch of the evaluation at step {self.state.step}")
+            return self._stopping()
+
         with self.clock.paused():
-            return self.evaluator.evaluate(self.model, self.world.device)
+            evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping)
+        self.state.unrecorded = values if evaluated is None else {}
+        if evaluated is not None:
+            self._record(values | evaluated)
 
     def _training_values(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
         """The values of a record of this step; waits for the device."""
         config, world = self.config, self.world
-        cross_entropy, z_loss = world.mean(loss).tolist()
+        cross_entropy, z_loss = loss.tolist()
         values = {
             "train/loss": cross_entropy,
             "train/z_loss": z_loss,
             "train/grad_norm": grad_norm.item(),
             "train/lr": lr,
+            "train/skipped_steps": self.spikes.in_all,
         }
         seconds = self.clock.lap(self.state.step)
         rate = config.training.global_batch_size * config.data.sequence_length / seconds
@@ -236,14 +234,17 @@ class Trainer:
         values["time/elapsed_seconds"] = self.clock.elapsed
         return values
 
-    def _check_finite(self, loss: Tensor, grad_norm: Tensor) -> None:
-        """Raise before weights that are no numbers are saved; every rank comes to the same answer."""
-        if torch.isfinite(self.world.mean(loss)).all() and torch.isfinite(grad_norm):
-            return
-        saved = f"step {self.saved_step}" if self.saved_step else "none"
+    def _check_skips(self) -> int:
+        """Steps skipped in a row up to this one; raises TrainingError, on all ranks, when they are too many."""
+        skipped = self.spikes.in_a_row
+        if skipped < self.config.training.skip_limit:
+            return skipped
+        self.saver.wait()
+        saved = f"step {self.saver.saved_step}" if self.saver.saved_step else "none"
         raise TrainingError(
-            f"the run diverged: loss or gradient norm of step {self.state.step} is no number (last saved: {saved}). "
-            "Lower optimizer.lr, or look at the data of that step, and start a new run.name."
+            f"the run diverged: {skipped} steps in a row up to step {self.state.step} were skipped, their loss or "
+            f"gradient norm being no number or far too high (last saved, before them: {saved}). Look at the data of "
+            "these steps, or lower optimizer.lr, which checkpoint.allow_changes=[optimizer.lr] permits."
         )
 
     def _peak_memory(self) -> int:
@@ -262,23 +263,23 @@ class Trainer:
 
     def _save(self) -> None:
         with self.clock.paused():
-            begin = time.perf_counter()
-            path = save_checkpoint(
-                self.run_dir, self.model, self.optimizer, self.state, self.world, self.config.checkpoint.keep
-            )
-            self.saved_step = self.state.step
-            if self.world.is_main:
-                size = sum(file.stat().st_size for file in path.iterdir())
-                seconds = time.perf_counter() - begin
-                self.console.say(f"checkpoint {path} | {size / 1e6:,.1f} MB in {seconds:.1f} s")
+            self.state.seconds = self.clock.elapsed
+            self.saver.save(self.state, delete_old=self.spikes.in_a_row == 0)
+            self.watchdog.mark(f"the checkpoint of step {self.state.step}")
 
     def _finish(self) -> None:
         """After the last step of this process: a checkpoint where a signal asked for it, curves, summary."""
         state = self.state
         if self.stop.signal is not None:
             self.console.say(f"{self.stop.signal.name} came: stopping after step {state.step}")
-        if state.step != self.saved_step:
+        self.saver.wait()
+        if state.step != self.saver.saved_step:
             self._save()
+            if not self.saver.wait():
+                raise TrainingError(
+                    f"{checkpoint_path(self.run_dir, state.step)} could not be saved ({self.saver.failure}): make room "
+                    f"or give access there, and the same command continues step {self.saver.saved_step}."
+                )
         if not self.world.is_main:
             return
         first: dict[str, tuple[float, int]] = {}
@@ -302,7 +303,7 @@ class Trainer:
         self.console.say(f"run     {self.run_dir} | {state.step:,} of {self.config.training.steps:,} steps")
         self.console.say(f"curves  {picture}")
         if state.step < self.config.training.steps:
-            self.console.say(f"to continue: {_continue_command()}")
+            self.console.say(f"to continue: {continue_command()}")
 
     def _build_data(self) -> None:
         config, world = self.config, self.world
@@ -356,6 +357,10 @@ class Trainer:
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.spikes = SpikeFilter(config.training.skip_window, config.training.skip_sigmas, world.device)
+        self.saver = CheckpointSaver(
+            self.run_dir, self.model, self.optimizer, self.spikes, world, config.checkpoint, self.console.say
+        )
         self.peak = None
         self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         if world.device.type == "cuda":
@@ -371,13 +376,13 @@ class Trainer:
             initialize(self.model, config.training.seed)
             self.state = TrainState()
         else:
-            self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world)
+            self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes)
             if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
-        self.saved_step = self.state.step
+        self.saver.saved_step = self.state.step
         self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
         self.state.sources = [asdict(source) for source in self.stream.sources]
         self.state.config = resolved(config)
@@ -399,17 +404,3 @@ class Trainer:
             read_metrics(self.log.path),
         )
         self.state.wandb_run_id = self.tracker.run_id
-
-
-def _continue_command() -> str:
-    """The command of this process, free to go on to the last step of the schedule."""
-    python = Path(sys.executable)
-    if shutil.which(python.name) == str(python):
-        python = Path(python.name)
-    elif python.is_relative_to(Path.cwd()):
-        python = python.relative_to(Path.cwd())
-    launcher = [str(python)]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
-    return shlex.join([*launcher, *arguments, "training.stop_at=null"])

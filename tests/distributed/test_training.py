@@ -14,13 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMED = ("throughput/", "memory/", "time/")
 
 
-def launch(ranks, shards, run_dir, *overrides, script_arguments=()):
-    """Run train.py in an empty folder and return its completed process."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    arguments = [
-        *(launcher if ranks > 1 else [sys.executable]),
-        str(ROOT / "train.py"),
-        *script_arguments,
+def arguments(shards, run_dir):
+    """Of train.py for a small run of twenty steps."""
+    return [
         "model=moda_tiny",
         "model.num_layers=2",
         "model.hidden_size=32",
@@ -37,12 +33,23 @@ def launch(ranks, shards, run_dir, *overrides, script_arguments=()):
         "evaluation.every=10",
         "logging.every=1",
         *([f"run.dir={run_dir}"] if run_dir else []),
+    ]
+
+
+def launch(ranks, shards, run_dir, *overrides, script_arguments=()):
+    """Run train.py in an empty folder and return its completed process."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [
+        *(launcher if ranks > 1 else [sys.executable]),
+        str(ROOT / "train.py"),
+        *script_arguments,
+        *arguments(shards, run_dir),
         *overrides,
     ]
     folder = Path(shards).parent / "elsewhere"
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert list(folder.iterdir()) == [], "a run writes nothing where it was started"
     return done
 
@@ -70,8 +77,9 @@ def test_a_stop_and_a_resume_on_two_ranks_give_the_bits_of_one_go(shards, on_two
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_one_rank_to_two_and_sees_the_same_batches(shards, on_two_ranks, tmp_path):
-    for ranks, overrides in ((1, ["training.stop_at=10"]), (2, [])):
+def test_a_run_moves_from_one_rank_to_four_to_two_and_sees_the_same_batches(shards, on_two_ranks, tmp_path):
+    for ranks, size, stop in ((1, 2, 5), (4, 1, 10), (2, 2, 20)):
+        overrides = (f"training.micro_batch_size={size}", f"training.stop_at={stop}")
         done = launch(ranks, shards, tmp_path / "run", *overrides)
         assert done.returncode == 0, done.stderr
     got, want = records(tmp_path / "run"), records(on_two_ranks)

@@ -18,7 +18,6 @@ from training.checkpoint import find_checkpoints
 from training.config import TrainingError
 from training.lock import run_lock
 from training.metrics import read_metrics
-from training.signals import stop_on_signals
 from training.trainer import train
 
 TIMED = ("throughput/", "memory/", "time/")
@@ -179,10 +178,10 @@ def test_what_may_differ_on_resume_changes_no_loss(change, shards, finished, tmp
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda c: setattr(c.optimizer, "lr", 1e-3), r"optimizer.lr was 0.01 and is 0.001"),
-        (lambda c: setattr(c.model, "norm", "pre"), r"model.norm was reordered and is pre"),
-        (lambda c: setattr(c.training, "seed", 7), r"training.seed was 0 and is 7"),
-        (lambda c: setattr(c.training, "steps", 40), r"training.steps was 20 and is 40"),
+        (lambda c: setattr(c.optimizer, "lr", 1e-3), r"optimizer\.lr +0.01 +0.001"),
+        (lambda c: setattr(c.model, "norm", "pre"), r"model\.norm +reordered +pre"),
+        (lambda c: setattr(c.training, "seed", 7), r"training\.seed +0 +7"),
+        (lambda c: setattr(c.training, "steps", 40), r"training\.steps +20 +40"),
         (lambda c: setattr(c.checkpoint, "resume", "never"), r"checkpoint.resume=never would overwrite"),
         (lambda c: setattr(c.checkpoint, "resume", "/nowhere"), r"checkpoint.resume=/nowhere is no whole checkpoint"),
     ],
@@ -260,7 +259,7 @@ def test_records_without_a_checkpoint_are_not_overwritten_by_another_configurati
     shutil.rmtree(run_dir / "checkpoints")
     config = tiny_config(shards, run_dir)
     config.model.norm = "pre"
-    with pytest.raises(ConfigError, match=r"model\.norm was reordered and is pre"):
+    with pytest.raises(ConfigError, match=r"model\.norm +reordered +pre"):
         train(config)
     assert untimed(run_dir) == untimed(finished)
     train(tiny_config(shards, run_dir))
@@ -286,10 +285,10 @@ def test_a_run_that_diverges_stops_before_it_saves_and_keeps_what_was_good(shard
     config = tiny_config(shards, tmp_path / "run")
     config.training.stop_at, config.checkpoint.every, config.checkpoint.keep = 5, 5, 1
     train(config)
-    config.training.stop_at = None
+    config.training.stop_at, config.training.skip_limit = None, 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.trainer, "lr_factor", lambda *_: 1e30)
-        with pytest.raises(TrainingError, match=r"diverged.*last saved: step 5"):
+        with pytest.raises(TrainingError, match=r"diverged: 3 steps.*before them: step 5"):
             train(config)
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-5"]
     assert math.isnan(read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["train/loss"])
@@ -312,15 +311,6 @@ def test_the_random_state_is_that_of_the_checkpoint(shards, tmp_path, monkeypatc
     config.training.stop_at = None
     train(config)
     assert torch.equal(states[1], torch.manual_seed(77).get_state())
-
-
-def test_repeated_terminations_change_nothing_and_a_second_interrupt_ends_at_once():
-    with stop_on_signals() as stop:
-        for name in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(os.getpid(), name)
-        assert stop.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished, tmp_path, monkeypatch):

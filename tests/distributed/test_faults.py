@@ -1,0 +1,103 @@
+"""Faults in runs on two ranks: one dies, stands still or fails; the others stop soon, name it, and the run goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.test_training import ROOT, arguments, launch, records
+
+WATCHED = ("training.hang_seconds=4", "training.steps=2000", "checkpoint.every=20", "evaluation.every=0")
+
+
+def start(ranks, shards, run_dir, *overrides, inject="", launcher=()):
+    """A run in the background; `inject` is Python that every rank runs first."""
+    folder = Path(shards).parent / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    script = Path(run_dir).with_suffix(".py")
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal, time, train\n{inject}\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
+    return subprocess.Popen(
+        [*command, str(script), *arguments(shards, run_dir), *overrides],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def at_step(step, rank, action):
+    """Code that does `action` on a rank once it comes to the batch of a step, in the first attempt."""
+    return f"""
+from data.loader import BatchLoader
+original = BatchLoader.batch
+def batch(self, position):
+    first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    if first and os.environ["RANK"] == "{rank}" and position == {4 * step}:
+        {action}
+    return original(self, position)
+BatchLoader.batch = batch
+"""
+
+
+def ended(process, timeout=120):
+    begin = time.monotonic()
+    out, err = process.communicate(timeout=timeout)
+    return out, err, time.monotonic() - begin
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_torchrun_starts_the_run_again(shards, tmp_path):
+    kill = at_step(25, 1, "os.kill(os.getpid(), signal.SIGKILL)")
+    overrides = ("training.steps=30", "checkpoint.every=10", "evaluation.every=0")
+    process = start(2, shards, tmp_path / "run", *overrides, inject=kill, launcher=["--max-restarts", "1"])
+    out, err, _ = ended(process)
+    assert process.returncode == 0, err
+    assert re.search(r"error: rank 1 \(process \d+ on .*\) is gone: it was killed, or it crashed", err)
+    assert "continuing" in out
+    launch(2, shards, tmp_path / "whole", *overrides)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        ("time.sleep(1000)", r"all ranks wait for rank 1 \(process \d+ on .*\) \(after step 25\)"),
+        ("raise OSError('the disk is gone')", r"rank 1 \(process \d+ on .*\) ended: OSError: the disk is gone"),
+    ],
+    ids=["sleeps", "fails"],
+)
+def test_a_rank_that_stands_still_or_fails_is_named_in_seconds_with_stack_traces(action, words, shards, tmp_path):
+    process = start(2, shards, tmp_path / "run", *WATCHED, inject=at_step(25, 1, action))
+    try:
+        _, err, seconds = ended(process)
+    finally:
+        process.kill()
+    assert process.returncode != 0
+    assert re.search(words, err), err
+    assert seconds < 90
+    traces = (tmp_path / "run" / "stacks" / "rank-0.txt").read_text()
+    assert re.search(words, traces)
+    assert "trainer.py" in traces
+    if "sleep" in action:
+        assert "batch" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_all_ranks_stop_at_one_step_after_a_signal_to_one_of_them(shards, tmp_path):
+    signalled = at_step(7, 1, "os.kill(os.getpid(), signal.SIGUSR1)")
+    process = start(2, shards, tmp_path / "run", *WATCHED, inject=signalled)
+    out, err, _ = ended(process)
+    assert "SIGUSR1 came: stopping after step 8" in out, err
+    assert (tmp_path / "run" / "checkpoints" / "step-8" / "checkpoint.json").exists()
+    assert f"exitcode  : {128 + signal.SIGUSR1}" in err.partition("Root Cause")[2]

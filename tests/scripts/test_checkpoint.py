@@ -1,0 +1,92 @@
+"""scripts/checkpoint.py: what it shows, checks, copies and deletes is what a run has saved."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from models.decoder import Decoder
+from scripts.checkpoint import main, tensors
+from tests.shards import tiny_config
+from training.checkpoint import MARKER, find_checkpoints
+from training.trainer import train
+
+
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """Six steps with checkpoints of 2, 4 and 6. Read only."""
+    config = tiny_config(shards, tmp_path_factory.mktemp("saved") / "run")
+    config.training.steps, config.checkpoint.every, config.evaluation.every = 6, 2, 0
+    train(config)
+    return tmp_path_factory.getbasetemp() / config.run.dir
+
+
+@pytest.fixture
+def run_dir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def test_list_has_a_row_for_each_and_says_what_is_none(run_dir, capsys):
+    (run_dir / "checkpoints" / "step-4" / MARKER).unlink()
+    assert main(["list", str(run_dir)]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[0] for row in rows] == ["step-2", "step-4", "step-6"]
+    assert "its save was interrupted" in rows[1]
+    assert rows[0].split()[1] == "128"
+
+
+def test_verify_reads_every_file(run_dir, capsys):
+    assert main(["verify", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count("whole") == 3
+    file = max((run_dir / "checkpoints" / "step-4").glob("*.distcp"), key=os.path.getsize)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert main(["verify", str(run_dir)]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.count("whole") == 2
+    assert "step-4 is damaged" in printed.err
+    assert main(["verify", str(run_dir / "checkpoints" / "step-4")]) == 1
+
+
+def test_inspect_shows_step_shapes_and_norms(saved, capsys):
+    assert main(["inspect", str(saved)]) == 0
+    printed = capsys.readouterr().out
+    assert "step 6, 384 tokens, 24 instances" in printed
+    weights = dict(tensors(find_checkpoints(saved)[-1]))
+    norm = weights["model.embedding.weight"].norm().item()
+    (row,) = [row for row in printed.splitlines() if row.split()[:1] == ["embedding.weight"]]
+    assert row.split()[1:4] == ["128", "×", "32"]
+    assert float(row.split()[-1]) == pytest.approx(norm, abs=1e-3)
+
+
+def test_a_copy_is_one_file_that_a_decoder_loads(saved, shards, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    assert main(["copy", str(saved), str(file)]) == 0
+    with safe_open(file, framework="pt") as opened:
+        weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+        assert opened.metadata()["step"] == "6"
+        assert json.loads(opened.metadata()["config"])["model"]["num_layers"] == 2
+    Decoder(tiny_config(shards, tmp_path).model).load_state_dict(weights)
+    everything = tmp_path / "all.safetensors"
+    assert main(["copy", "--all", str(saved), str(everything)]) == 0
+    with safe_open(everything, framework="pt") as opened:
+        assert torch.equal(opened.get_tensor("model.embedding.weight"), weights["embedding.weight"])
+        assert opened.get_tensor("optimizer.embedding.weight.step").item() == 6
+    assert main(["copy", str(saved), str(file)]) == 2
+
+
+def test_prune_keeps_the_newest(run_dir, capsys):
+    assert main(["prune", str(run_dir), "--keep", "1"]) == 0
+    assert capsys.readouterr().out.count("deleted") == 2
+    assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
+    assert main(["prune", str(run_dir), "--keep", "0"]) == 2
+
+
+def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
+    for command in (["list"], ["inspect"], ["prune", "--keep", "1"]):
+        assert main([command[0], str(tmp_path), *command[1:]]) == 2
+    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())

@@ -1,0 +1,300 @@
+"""Checkpoints on disk: what is written, kept, deleted, verified, set aside and refused; and saves that fail."""
+
+import json
+import os
+import pickle
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+
+import training.saver
+import training.storage
+from models.config import ConfigError
+from tests.shards import tiny_config
+from training.checkpoint import MARKER, find_checkpoints, prune, read_marker, verify
+from training.config import TrainingError
+from training.metrics import read_metrics
+from training.storage import METADATA, UnsafeCheckpointError, read_metadata
+from training.trainer import Trainer, train
+
+
+def names(run_dir):
+    return sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
+
+
+def short(shards, run_dir, **checkpoint):
+    """Eight steps, a checkpoint every second, nothing else."""
+    config = tiny_config(shards, run_dir)
+    config.training.steps, config.checkpoint.every, config.evaluation.every = 8, 2, 0
+    for name, value in checkpoint.items():
+        setattr(config.checkpoint, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def saved(shards, tmp_path_factory):
+    """A finished run with checkpoints of steps 2, 4, 6, 8. Read only: tests that write copy it."""
+    config = short(shards, tmp_path_factory.mktemp("saved") / "run", keep=None)
+    train(config)
+    return Path(config.run.dir)
+
+
+@pytest.fixture
+def run(saved, shards, tmp_path):
+    """A copy of that run, and the configuration that continues it."""
+    shutil.copytree(saved, tmp_path / "run")
+    return short(shards, tmp_path / "run", keep=None)
+
+
+def losses(run_dir):
+    return {record["step"]: record["train/loss"] for record in read_metrics(Path(run_dir) / "metrics.jsonl")}
+
+
+def test_permanent_checkpoints_stay_and_the_newest_of_the_others(shards, tmp_path):
+    train(short(shards, tmp_path / "run", keep=1, permanent_every=3))
+    assert names(tmp_path / "run") == ["step-3", "step-6", "step-8"]
+    assert [read_marker(p).state.permanent for p in find_checkpoints(tmp_path / "run")] == [True, True, False]
+
+
+def test_every_file_has_its_checksum_in_the_marker(saved):
+    for path in find_checkpoints(saved):
+        marker = verify(path)
+        assert marker.sha256.keys() == marker.bytes.keys() == {f.name for f in path.iterdir()} - {MARKER}
+        assert METADATA in marker.sha256
+
+
+def flip(path):
+    with open(path, "r+b") as file:
+        file.seek(os.path.getsize(path) // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+DAMAGE = {
+    "flipped byte": lambda path: flip(max(path.glob("*.distcp"), key=os.path.getsize)),
+    "truncated file": lambda path: os.truncate(next(path.glob("*.distcp")), 100),
+    "missing shard": lambda path: next(path.glob("*.distcp")).unlink(),
+    "missing metadata": lambda path: (path / METADATA).unlink(),
+    "marker without files": lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER],
+    "marker that is no JSON": lambda path: (path / MARKER).write_text("{"),
+    "marker that is something else": lambda path: (path / MARKER).write_text('{"state": 3}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_newest_is_named_set_aside_and_the_one_before_is_taken(damage, run, saved, capsys):
+    run_dir = Path(run.run.dir)
+    DAMAGE[damage](run_dir / "checkpoints" / "step-8")
+    train(run)
+    printed = capsys.readouterr()
+    assert "step-8 is damaged (" in printed.err
+    assert "set aside as step-8.damaged" in printed.err
+    assert "step-6 at step 6" in printed.out
+    assert names(run_dir) == ["step-2", "step-4", "step-6", "step-8", "step-8.damaged"]
+    assert losses(run_dir) == losses(saved)
+
+
+def test_without_any_whole_checkpoint_nothing_is_lost_by_beginning_again(run):
+    run_dir = Path(run.run.dir)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    for path in find_checkpoints(run_dir):
+        flip(next(path.glob("*.distcp")))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"has no whole checkpoint \(.*is damaged"):
+            train(run)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+    assert names(run_dir) == ["step-2", "step-4", "step-6", "step-8"]
+
+
+def test_deletion_keeps_the_newest_whole_one_and_removes_what_interrupted_saves_left(run):
+    run_dir = Path(run.run.dir)
+    (run_dir / "checkpoints" / "step-4" / MARKER).unlink()
+    os.truncate(next((run_dir / "checkpoints" / "step-8").glob("*.distcp")), 100)
+    assert sorted(path.name for path in prune(run_dir, keep=1)) == ["step-2", "step-4"]
+    assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
+
+
+def test_a_kill_inside_a_deletion_leaves_no_half_checkpoint(run, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune(Path(run.run.dir), keep=1)
+    assert [path.name for path in find_checkpoints(Path(run.run.dir))] == ["step-4", "step-6", "step-8"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_the_copy_is_that_of_its_step(
+    shards, saved, tmp_path, monkeypatch
+):
+    """The write of step 2 waits until step 3 is done: weights that it holds must be those of step 2 all the same."""
+    stepped = threading.Event()
+    original = training.saver._clear
+
+    def clear(path):
+        if path.name == "step-2":
+            assert stepped.wait(60), "training waits for the write"
+        original(path)
+
+    def record(self, values):
+        recorded(self, values)
+        if self.state.step == 3:
+            stepped.set()
+
+    recorded = Trainer._record
+    monkeypatch.setattr(training.saver, "_clear", clear)
+    monkeypatch.setattr(Trainer, "_record", record)
+    train(short(shards, tmp_path / "run", keep=None))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-8")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}")
+    monkeypatch.undo()
+    train(short(shards, tmp_path / "run", keep=None))
+    assert losses(tmp_path / "run") == losses(saved)
+
+
+def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
+    train(short(shards, tmp_path / "run", asynchronous=False, keep=None))
+    assert losses(tmp_path / "run") == losses(saved)
+    assert names(tmp_path / "run") == names(saved)
+
+
+def test_without_host_memory_for_a_copy_training_waits_and_says_why(shards, saved, tmp_path, monkeypatch, capsys):
+    def stage(self, tensors):
+        raise RuntimeError("cannot pin 8 GB")
+
+    monkeypatch.setattr(training.saver.DefaultStager, "stage", stage)
+    train(short(shards, tmp_path / "run", keep=None))
+    assert capsys.readouterr().out.count("while training waits: no copy in host memory (RuntimeError: cannot pin") == 1
+    assert names(tmp_path / "run") == names(saved)
+    for path in find_checkpoints(tmp_path / "run"):
+        verify(path)
+
+
+def test_a_file_that_reads_back_wrong_gets_no_marker(shards, tmp_path, monkeypatch, capsys):
+    original = training.saver.first_difference
+    calls = []
+
+    def difference(folder, checksums, **options):
+        calls.append(folder.name)
+        if folder.name == "step-4":
+            flip(max(folder.glob("*.distcp"), key=os.path.getsize))
+        return original(folder, checksums, **options)
+
+    monkeypatch.setattr(training.saver, "first_difference", difference)
+    train(short(shards, tmp_path / "run", keep=None))
+    assert "step-4 could not be saved" in capsys.readouterr().out
+    assert names(tmp_path / "run") == ["step-2", "step-6", "step-8"]
+    assert calls == ["step-2", "step-4", "step-6", "step-8"]
+
+
+def failing_writes(monkeypatch, steps):
+    """No space left for files of these steps, as the system says it in the middle of a write."""
+    original = training.storage._Checksummed.write
+
+    def write(self, content):
+        if any(f"step-{step}/" in str(self._stream.name) for step in steps):
+            raise OSError(28, "No space left on device", self._stream.name)
+        return original(self, content)
+
+    monkeypatch.setattr(training.storage._Checksummed, "write", write)
+
+
+def test_a_full_disk_during_a_save_keeps_the_run_going_and_the_checkpoint_before(shards, tmp_path, monkeypatch, capsys):
+    failing_writes(monkeypatch, [4])
+    config = short(shards, tmp_path / "run", keep=1)
+    config.training.stop_at = 5
+    train(config)
+    printed = capsys.readouterr().out
+    assert "step-4 could not be saved (OSError: [Errno 28] No space left on device" in printed
+    assert "the checkpoint before it (step 2) stays as it is" in printed
+    assert names(tmp_path / "run") == ["step-5"]
+
+
+def test_a_full_disk_at_the_end_is_an_error_that_names_the_path(shards, saved, tmp_path, monkeypatch):
+    failing_writes(monkeypatch, [6, 8])
+    config = short(shards, tmp_path / "run", keep=1)
+    with pytest.raises(TrainingError, match=r"step-8 could not be saved \(OSError.*continues step 4"):
+        train(config)
+    assert names(tmp_path / "run") == ["step-4"]
+    monkeypatch.undo()
+    train(config)
+    assert losses(tmp_path / "run") == losses(saved)
+
+
+class Payload:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (open, (self.target, "w"))
+
+
+def resealed(path):
+    """The checksums of a checkpoint, as one who can write all files would set them."""
+    content = json.loads((path / MARKER).read_text())
+    for name in content["bytes"]:
+        content["bytes"][name] = (path / name).stat().st_size
+        content["sha256"][name] = training.storage.checksum(path / name)
+    (path / MARKER).write_text(json.dumps(content))
+
+
+def crafted_metadata(path, target):
+    (path / METADATA).write_bytes(pickle.dumps(Payload(target)))
+
+
+def crafted_entry(path, target):
+    """Metadata that dcp would follow to bytes which it unpickles: plain classes only."""
+    metadata = read_metadata(path)
+    key = next(iter(metadata.state_dict_metadata))
+    (path / METADATA).write_bytes(
+        pickle.dumps(
+            Metadata(
+                {**metadata.state_dict_metadata, key: BytesStorageMetadata()},
+                metadata.planner_data,
+                metadata.storage_data,
+                StorageMeta(),
+            )
+        )
+    )
+
+
+def crafted_tensors(path, target):
+    """Tensor files whose every entry is a pickle with the payload."""
+    metadata = read_metadata(path)
+    for name in {info.relative_path for info in metadata.storage_data.values()}:
+        (path / name).unlink()
+    for info in metadata.storage_data.values():
+        with open(path / info.relative_path, "ab") as file:
+            info.offset = file.tell()
+            torch.save(Payload(target), file)
+            info.length = file.tell() - info.offset
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+def crafted_path(path, target):
+    metadata = read_metadata(path)
+    next(iter(metadata.storage_data.values())).relative_path = "../../../etc/passwd"
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_path])
+def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
+    path = Path(run.run.dir) / "checkpoints" / "step-6"
+    shutil.rmtree(path.with_name("step-8"))
+    craft(path, str(tmp_path / "executed"))
+    resealed(path)
+    with pytest.raises(ConfigError, match=r"step-6 is not loaded: "):
+        train(run)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(os.system)])
+def test_metadata_that_is_something_else_is_refused(content, tmp_path):
+    (tmp_path / METADATA).write_bytes(content)
+    with pytest.raises(UnsafeCheckpointError):
+        read_metadata(tmp_path)

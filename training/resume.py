@@ -1,0 +1,189 @@
+"""Which checkpoint a run goes on from, and whether it may.
+
+In: a configuration, its run directory, and the checkpoints there. Out: the newest whole checkpoint, None for a new run,
+or `ConfigError` when going on would mix two runs. Nothing is changed, but that a damaged checkpoint is set aside under
+another name once the caller holds the lock of the directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from models.config import ConfigError, shown
+from training.checkpoint import FOLDER, find_checkpoints, read_marker, verify
+from training.config import Config, resolved
+from training.data import check_same_data, open_stream
+
+# Keys, or groups of keys, that change no result, or none but by rounding. The data may lie elsewhere: its fingerprint
+# is compared instead.
+MAY_CHANGE = (
+    "run.",
+    "data.path",
+    "data.mixture",
+    "data.verify",
+    "data.workers",
+    "data.timeout",
+    "data.cache",
+    "data.prepare",
+    "training.stop_at",
+    "training.micro_batch_size",
+    "training.device",
+    "training.precision",
+    "training.skip_limit",
+    "training.hang_",
+    "parallel.",
+    "checkpoint.",
+    "evaluation.",
+    "logging.",
+)
+# Those that a run can go on with, as another experiment: `checkpoint.allow_changes` must name them.
+MAY_CHANGE_IF_ALLOWED = (
+    "optimizer.",
+    "schedule.",
+    "training.global_batch_size",
+    "training.max_grad_norm",
+    "training.skip_sigmas",
+    "training.steps",
+    "model.z_loss",
+)
+
+ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
+
+
+def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
+    """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration.
+
+    Raises ConfigError when it would be another run. `locked` says that nobody else uses the run directory: checksums
+    are then verified, and what is damaged is set aside, with a sentence for each on standard error.
+    """
+    run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    if resume == "never":
+        if find_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
+            )
+        return None
+    path = _newest(run_dir, locked)
+    if resume != "auto":
+        given = Path(resume).resolve()
+        read_marker(given, "checkpoint.resume")
+        if path is None:
+            path = given
+            if locked:
+                verify(given, "checkpoint.resume")
+        elif path != given and path.parent == given.parent:
+            raise ConfigError(
+                f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
+                "or set another run.name to continue there."
+            )
+        elif path != given and read_marker(path).state.begun_from != str(given):
+            raise ConfigError(
+                f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
+                "its own: set another run.name, or checkpoint.resume=auto to continue it."
+            )
+    if path is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
+        # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
+        check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), config, run_dir)
+    if path is not None:
+        saved = read_marker(path).state
+        check_resumable(saved.config, config, path)
+        allowed = config.checkpoint.allow_other_data
+        check_same_data(saved.data, saved.sources, open_stream(config), path, allowed=allowed)
+    return path
+
+
+def _newest(run_dir: Path, locked: bool) -> Path | None:
+    """The newest checkpoint of a run that is whole, absolute. Raises ConfigError when there are only damaged ones."""
+    broken: dict[Path, str] = {}
+    newest = None
+    for path in reversed(find_checkpoints(run_dir, on_damage=broken.__setitem__)):
+        try:
+            if locked:
+                verify(path)
+        except ConfigError as error:
+            broken[path] = str(error)
+        else:
+            newest = path.resolve()
+            break
+    aside = sorted((run_dir / FOLDER).glob(f"*{ASIDE}"))
+    if newest is None and (broken or aside):
+        what = next(iter(broken.values())).partition(": use")[0] if broken else f"only {aside[0].name}"
+        raise ConfigError(
+            f"{run_dir} has no whole checkpoint ({what}): put a good copy in its place, or choose another run.name to "
+            "begin again."
+        )
+    for path, why in broken.items():
+        reason = why.partition(": use another")[0]
+        if locked:
+            shutil.rmtree(path.with_name(path.name + ASIDE), ignore_errors=True)  # of an earlier one
+            path.rename(path.with_name(path.name + ASIDE))
+            print(
+                f"warning: {reason}: it is set aside as {path.name}{ASIDE}, and {newest} is continued.", file=sys.stderr
+            )
+    return newest
+
+
+def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
+    """Raise ConfigError, with a table of old and new values, when `config` would not continue what `path` holds.
+
+    Args:
+        saved: the resolved configuration of the run so far, nested.
+        path: of the checkpoint, for the message.
+    """
+    old, new = flatten(saved), flatten(resolved(config))
+    allowed = config.checkpoint.allow_changes
+    rows, refused, askable = [("key", "saved", "now", "")], [], []
+    for key in sorted(old.keys() | new.keys()):
+        if key.startswith(MAY_CHANGE) or old.get(key) == new.get(key):
+            continue
+        if not key.startswith(MAY_CHANGE_IF_ALLOWED):
+            refused.append(key)
+            why = "cannot change"
+        elif key not in allowed:
+            askable.append(key)
+            why = "changes the run"
+        else:
+            continue
+        rows.append((key, shown(old.get(key)), shown(new.get(key)), why))
+    if not refused and not askable:
+        return
+    remedy = "keep the old values, or start a new run with another run.name"
+    if not refused:
+        remedy = f"keep the old values, or add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}]"
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    table = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    ]
+    raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.\n  " + "\n  ".join(table))
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def continue_command() -> str:
+    """The command of this process, free to go on to the last step of the schedule."""
+    python = Path(sys.executable)
+    if shutil.which(python.name) == str(python):
+        python = Path(python.name)
+    elif python.is_relative_to(Path.cwd()):
+        python = python.relative_to(Path.cwd())
+    launcher = [str(python)]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
+    return shlex.join([*launcher, *arguments, "training.stop_at=null"])

@@ -1,0 +1,232 @@
+"""Writing checkpoints while training goes on.
+
+In: the tensors of `training.checkpoint` and the state of a step. Out: a checkpoint, some seconds later. `save` only
+begins to copy the tensors to host memory; the copy runs beside the next forward and backward and ends before the
+optimizer changes the weights (a hook of the optimizer waits for it). A thread of each rank then writes, over a process
+group of its own: files, checksums read back from disk, marker, deletion of old checkpoints. `dcp.async_save` ties
+copying and writing together, so that ranks wait in vain for one whose copy failed; here all agree on the copy first,
+and write from device memory at once, with the reason in the log, where host memory does not suffice.
+
+A save that fails (disk full, folder not writable) leaves what was saved before as it is; training goes on, and the next
+one is tried.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from models.decoder import Decoder
+from training.checkpoint import (
+    Marker,
+    TrainState,
+    checkpoint_path,
+    checkpoint_tensors,
+    prune,
+    remove_checkpoint,
+    size_in_bytes,
+)
+from training.config import CheckpointConfig
+from training.distributed import World
+from training.skip import SpikeFilter
+from training.storage import ChecksummedWriter, first_difference
+
+
+class CheckpointSaver:
+    """Saves one run on all ranks together; every rank calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        spikes: SpikeFilter,
+        world: World,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        """`say` takes a line for the user on the main rank."""
+        self.run_dir, self.config = run_dir, config
+        self.saved_step = 0  # step of the newest checkpoint that was committed or loaded
+        self.failure: str | None = None  # why the last save came to nothing
+        self._parts = (model, optimizer, spikes)
+        self._world, self._say = world, say
+        self._stager = _stager(world.device) if config.asynchronous else None
+        # Its collectives run in a thread, beside those of training.
+        self._group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._staging: tuple[Any, TrainState, bool] | None = None
+        self._writing: Future[str | None] | None = None
+        self._writing_step = 0
+        self._stalled = 0.0
+        optimizer.register_step_pre_hook(lambda *_: self.end_staging())
+
+    def is_due(self, step: int) -> bool:
+        """Whether the configuration asks for a checkpoint of this step."""
+        permanent = self.config.permanent_every
+        return step % self.config.every == 0 or (permanent is not None and step % permanent == 0)
+
+    def save(self, state: TrainState, *, delete_old: bool = True) -> None:
+        """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs."""
+        self.wait()
+        begin = time.perf_counter()
+        permanent = self.config.permanent_every
+        state = copy.deepcopy(state)
+        state.world_size, state.device = self._world.size, self._world.device.type
+        state.permanent = permanent is not None and state.step % permanent == 0
+        rank = self._world.rank
+        tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
+        if state.device == "cuda":
+            torch.cuda.current_stream().synchronize()  # the copy runs on a stream of its own
+        copying: Any = None
+        if self._stager is not None:
+            try:
+                copying = self._stager.stage(tensors)
+            except (RuntimeError, MemoryError) as error:
+                copying = error
+        self._staging = (copying, state, delete_old)
+        self._stalled = time.perf_counter() - begin
+
+    def end_staging(self) -> None:
+        """Wait for the copy, if one runs, and hand it to the writing thread. The weights may change after this."""
+        if self._staging is None:
+            return
+        (copied, state, delete_old), self._staging = self._staging, None
+        begin = time.perf_counter()
+        if isinstance(copied, Future):
+            try:
+                copied = copied.result()
+            except (RuntimeError, MemoryError) as error:
+                copied = error
+        if self._world.any(isinstance(copied, Exception)):
+            reason = copied if isinstance(copied, Exception) else "on another rank"
+            self._say(f"checkpoints are written while training waits: no copy in host memory ({_one_line(reason)})")
+            self.close_stager()
+            copied = None
+        synchronous = copied is None
+        if synchronous:
+            rank = self._world.rank
+            copied = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
+        self._writing_step = state.step
+        stalled = self._stalled + time.perf_counter() - begin
+        self._writing = self._thread.submit(self._write, copied, state, delete_old, None if synchronous else stalled)
+        if synchronous:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Wait until the save that runs is done. Returns whether the last one succeeded, the same on all ranks."""
+        self.end_staging()
+        if self._writing is None:
+            return self.failure is None
+        writing, self._writing = self._writing, None
+        self.failure = writing.result()
+        if self.failure is None:
+            self.saved_step = self._writing_step
+        return self.failure is None
+
+    def close_stager(self) -> None:
+        """Free the host memory of copies; later saves make training wait."""
+        if self._stager is not None:
+            self._stager.close()
+            self._stager = None
+
+    def close(self) -> None:
+        """End the writing thread, after what it does; never raises for a save that failed."""
+        self._thread.shutdown(wait=True)
+        self.close_stager()
+
+    def _write(self, tensors: dict[str, Any], state: TrainState, delete_old: bool, stalled: float | None) -> str | None:
+        """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks."""
+        begin = time.perf_counter()
+        path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
+        failure = self._together(lambda: _clear(path) if main else None)
+        sums: list[dict[str, str]] = []
+        if failure is None:
+            writer = ChecksummedWriter(path)
+            try:
+                dcp.save(tensors, storage_writer=writer, process_group=self._group)
+            except dcp.api.CheckpointException as error:  # on all ranks alike
+                failure = next(_one_line(cause) for cause, _ in error.failures.values())
+        if failure is None:
+            failure = self._together(lambda: _read_back(path, writer.checksums), writer.checksums, sums)
+        if failure is None:
+            failure = self._together(lambda: _commit(path, state, sums) if main else None)
+        if not main:
+            return failure
+        if failure is not None:
+            self._say(
+                f"warning: {path} could not be saved ({failure}); the checkpoint before it (step {self.saved_step}) "
+                "stays as it is, and training goes on"
+            )
+            _discard(path)
+            return failure
+        seconds = time.perf_counter() - begin
+        waited = "training waited" if stalled is None else f"training waited {stalled:.2f} s"
+        self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
+        if delete_old:
+            try:
+                prune(self.run_dir, self.config.keep)
+            except OSError as error:
+                self._say(f"warning: old checkpoints of {self.run_dir} could not be deleted ({_one_line(error)})")
+        return None
+
+    def _together(
+        self, act: Callable[[], str | None], value: Any = None, gathered: list[Any] | None = None
+    ) -> str | None:
+        """`act` on every rank; what it returns or raises OSError with is a failure. Returns the first, to all ranks."""
+        try:
+            own = act()
+        except OSError as error:
+            own = _one_line(error)
+        results: list[Any] = [None] * self._world.size
+        dist.all_gather_object(results, (own, value), group=self._group)
+        if gathered is not None:
+            gathered += [value for _, value in results]
+        return next((failure for failure, _ in results if failure is not None), None)
+
+
+def _stager(device: torch.device) -> DefaultStager:
+    """Pinned buffers, kept from save to save, filled beside training; plain copies on a CPU."""
+    cuda = device.type == "cuda"
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=cuda, use_non_blocking_copy=cuda
+        )
+    )
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier save of the same step has left."""
+    if path.exists():
+        remove_checkpoint(path)
+    path.mkdir(parents=True)
+
+
+def _read_back(path: Path, checksums: dict[str, str]) -> str | None:
+    name = first_difference(path, checksums, from_disk=True)
+    return None if name is None else f"{path / name} reads back as something else"
+
+
+def _commit(path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
+    merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}
+    Marker(state, {name: (path / name).stat().st_size for name in merged}, merged).write(path)
+
+
+def _discard(path: Path) -> None:
+    """Free the space of a failed save, as far as that is possible."""
+    with suppress(OSError):  # what stays has no marker, so it is no checkpoint
+        remove_checkpoint(path)
+
+
+def _one_line(error: object) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()) if isinstance(error, Exception) else str(error)
