@@ -21,9 +21,8 @@ from models.config import ACTIVATION_CHECKPOINTING, ConfigError
 from training.compose import plan
 from training.config import Config
 from training.memory_estimate import estimate
+from training.out_of_memory import USABLE
 
-# Share of a device that the estimate may fill: the allocator's fragments, the CUDA context and NCCL take the rest.
-USABLE = 0.92
 PROBES = (4, 12)  # micro-batches that the growth is taken from
 
 

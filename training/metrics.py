@@ -6,6 +6,7 @@ and plain lines on standard output. wandb, curves and reports are all made from 
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -39,6 +40,7 @@ class MetricsLog:
         self._end_last_line()
         records = read_metrics(self.path) if self.path.exists() else []
         self.last_step: int = records[-1]["step"] if records else -1
+        self._unwritten: list[bytes] = []  # lines that the system did not take, oldest first
         self._file = self._open()
 
     def append(self, step: int, tokens: int, values: Mapping[str, float]) -> Record:
@@ -50,7 +52,8 @@ class MetricsLog:
             raise ValueError(f"Step {step} cannot follow step {self.last_step} in {self.path}: each step stands once.")
         finite_or_nan = {key: float(v) if math.isfinite(v) else math.nan for key, v in values.items()}
         record: Record = {"step": int(step), "tokens": int(tokens), **finite_or_nan}
-        self._file.write(_to_line(record))
+        self._unwritten.append(_to_line(record))
+        self._write()
         self.last_step = record["step"]
         return record
 
@@ -63,8 +66,30 @@ class MetricsLog:
         self._file = self._open()
 
     def close(self) -> None:
-        """Close the file; the records are on disk already."""
+        """Close the file; the records are on disk already, but for those that the system still does not take."""
+        self._write()
         self._file.close()
+
+    def _write(self) -> None:
+        """Write what is not written yet. A full disk is a warning: training goes on, the next record tries again."""
+        waiting = len(self._unwritten) > 1
+        size = os.fstat(self._file.fileno()).st_size
+        while self._unwritten:
+            line = self._unwritten[0]
+            try:
+                if self._file.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self._file.fileno(), size)  # what a disk took of a line before it was full
+                if not waiting:
+                    print(
+                        f"warning: {self.path} cannot be written ({error.strerror}): its records are kept and tried "
+                        "again with the next",
+                        file=sys.stderr,
+                    )
+                return
+            size += len(line)
+            self._unwritten.pop(0)
 
     def _open(self) -> io.FileIO:
         return open(self.path, "ab", buffering=0)

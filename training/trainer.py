@@ -113,6 +113,12 @@ class Trainer:
         except TrainingError:
             ended = ""  # all ranks have come to it together
             raise
+        except OSError as error:
+            ended = f"{type(error).__name__}: {error}"
+            raise TrainingError(
+                f"{error.filename or self.run_dir} cannot be used ({error.strerror or error}): make room or give "
+                f"access there, and the same command continues step {self.saver.saved_step}."
+            ) from error
         except Exception as error:
             self.watchdog.await_verdict(error)
             ended = f"{type(error).__name__}: {error}"

@@ -122,7 +122,7 @@ class Watchdog:
             try:
                 verdict = self._verdict()
             except RuntimeError as error:  # of the store
-                verdict = self._unheard(0, f"its store does not answer ({_one_line(error)})")
+                verdict = self._unheard(0, f"the store of rank 0 does not answer ({_one_line(error)})")
             if verdict is not None and not self._closed.is_set():
                 self._end(verdict)
 
@@ -162,7 +162,7 @@ class Watchdog:
     def _judge(self, rank: int, beat: Heartbeat | None) -> str | None:
         """What is wrong with a rank whatever its main thread does, or None."""
         if beat is None:
-            return self._unheard(rank, "it has not begun")
+            return self._unheard(rank, f"rank {rank} has not begun")
         if beat.ended is not None:
             return f"{_named(rank, beat)} ended: {beat.ended}" if beat.ended else None
         near = (beat.host, beat.namespace) == (self._own.host, self._own.namespace)
@@ -175,7 +175,7 @@ class Watchdog:
     def _unheard(self, rank: int, what: str) -> str | None:
         _, since = self._heard.setdefault(rank, (0, time.monotonic()))
         seconds = time.monotonic() - since
-        return f"rank {rank}: {what} for {seconds:.0f} s" if seconds > self._silence else None
+        return f"{what} for {seconds:.0f} s" if seconds > self._silence else None
 
     def _explain(self, beats: list[Heartbeat]) -> str:
         """A sentence for ranks that all live and do not get on."""

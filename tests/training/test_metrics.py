@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -209,3 +210,23 @@ def test_counts_have_three_digits_and_a_unit(value, text):
 )  # fmt: skip
 def test_durations_show_two_units_that_never_overflow(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_a_full_disk_keeps_records_until_there_is_room_and_leaves_no_half_line(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(1, 10, {"train/loss": 5.0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 10, hard))  # ten bytes of the next line
+        for step in (2, 3):
+            log.append(step, 10, {"train/loss": 5.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert [record["step"] for record in read_metrics(log.path)] == [1]
+    assert log.path.read_bytes().endswith(b"\n")
+    assert capsys.readouterr().err.count(f"warning: {log.path} cannot be written") == 1
+    log.append(4, 10, {"train/loss": 5.0})
+    log.close()
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3, 4]
