@@ -110,10 +110,11 @@ class TokenizePart:
     def _tokenize(self, part: Part, tokenizer: TextTokenizer, writer: ShardWriter, report: Report) -> Manifest:
         """One thread reads ahead while the others encode; memory holds three batches whatever the size of the part."""
         filters = build_filters(self.filters)
-        filtered: Counter[str] = Counter()
+        by_text: Counter[str] = Counter()  # of the reading thread
+        by_ids: Counter[str] = Counter()
         broken: Counter[str] = Counter()
         position = 0
-        batches = self._batches(part, filters, filtered, broken)
+        batches = self._batches(part, filters, by_text, broken)
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead") as reader:
             ahead = reader.submit(next, batches, None)
             while (batch := ahead.result()) is not None:
@@ -126,18 +127,16 @@ class TokenizePart:
                         kept.append(array)
                         text_bytes += len(text) if text.isascii() else len(text.encode())
                     else:
-                        filtered[reason] += 1
+                        by_ids[reason] += 1
                 before = writer.tokens
                 writer.write(kept, text_bytes)
                 report(batch.position - position, writer.tokens - before)
                 position = batch.position
-        report(
-            (part.size or position) - position, 0
-        )  # also notices a parent that is gone before the manifest is written
+        report((part.size or position) - position, 0)  # a parent that is gone is noticed before the manifest is written
         return writer.finish(
             tokenizer=tokenizer.identity,
             preparation=self.preparation,
-            filtered=dict(sorted(filtered.items())),
+            filtered=dict(sorted((by_text + by_ids).items())),
             broken=dict(sorted(broken.items())),
             allow_empty=True,
         )
