@@ -136,18 +136,18 @@ def test_other_shares_or_tokens_on_resume_are_refused_with_the_difference_and_ca
     config.training.stop_at = None
     shares = mixed(domains, tmp_path / "run", (0.6, 0.2, 0.2))
     shares.evaluation.every = 0
-    with pytest.raises(ConfigError, match=r"share 1/2 → 3/5.*checkpoint\.allow_other_data=true"):
+    with pytest.raises(ConfigError, match=r"share 1/2 → 3/5.*checkpoint\.allow_changes=\[data\]"):
         train(shares)
     tokens = mixed([domains[0], domains[1], write_shards(tmp_path / "new", seed=7)], tmp_path / "run")
     tokens.evaluation.every = 0
     with pytest.raises(ConfigError, match=r"domain2/train → .*new/train: fingerprint \w+ → \w+, documents 50 → 60"):
         train(tokens)
     before = open_stream(config).fingerprint
-    tokens.checkpoint.allow_other_data = True
+    tokens.checkpoint.allow_changes = ["data"]
     tokens.training.stop_at = 10
     train(tokens)
     assert [record["step"] for record in untimed(config.run.dir)] == list(range(1, 11))
-    tokens.checkpoint.allow_other_data = False  # the new data is the run's from now on
+    tokens.checkpoint.allow_changes = []  # the new data is the run's from now on
     tokens.training.stop_at = 12
     train(tokens)
     with pytest.raises(ConfigError, match="was trained on other data"):
