@@ -217,8 +217,7 @@ class CheckpointConfig:
     permanent_every: int | None = None  # steps between checkpoints that are never deleted (null: none)
     asynchronous: bool = True  # write while training goes on (false: training waits)
     resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
-    allow_other_data: bool = False  # continue on other tokens than those of the checkpoint
-    allow_changes: list[str] = field(default_factory=list)  # keys that may differ on resume although results change
+    allow_changes: list[str] = field(default_factory=list)  # keys that may change the run on resume; data: its tokens
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""

@@ -53,6 +53,7 @@ MAY_CHANGE_IF_ALLOWED = (
     "training.steps",
     "model.z_loss",
 )
+DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a mixture
 
 ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
 
@@ -94,8 +95,8 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
     if path is not None:
         saved = read_marker(path).state
         check_resumable(saved.config, config, path)
-        allowed = config.checkpoint.allow_other_data
-        check_same_data(saved.data, saved.sources, open_stream(config), path, allowed=allowed)
+        if DATA not in config.checkpoint.allow_changes:
+            check_same_data(saved.data, saved.sources, open_stream(config), path)
     return path
 
 

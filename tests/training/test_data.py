@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import yaml
 
 import training.trainer
+from data.loader import BatchLoader
 from data.mixture import InstanceStream
 from data.packing import PackedDataset
 from data.shards import TokenDataset
@@ -135,18 +136,18 @@ def test_other_shares_or_tokens_on_resume_are_refused_with_the_difference_and_ca
     config.training.stop_at = None
     shares = mixed(domains, tmp_path / "run", (0.6, 0.2, 0.2))
     shares.evaluation.every = 0
-    with pytest.raises(ConfigError, match=r"share 1/2 → 3/5.*checkpoint\.allow_other_data=true"):
+    with pytest.raises(ConfigError, match=r"share 1/2 → 3/5.*checkpoint\.allow_changes=\[data\]"):
         train(shares)
     tokens = mixed([domains[0], domains[1], write_shards(tmp_path / "new", seed=7)], tmp_path / "run")
     tokens.evaluation.every = 0
     with pytest.raises(ConfigError, match=r"domain2/train → .*new/train: fingerprint \w+ → \w+, documents 50 → 60"):
         train(tokens)
     before = open_stream(config).fingerprint
-    tokens.checkpoint.allow_other_data = True
+    tokens.checkpoint.allow_changes = ["data"]
     tokens.training.stop_at = 10
     train(tokens)
     assert [record["step"] for record in untimed(config.run.dir)] == list(range(1, 11))
-    tokens.checkpoint.allow_other_data = False  # the new data is the run's from now on
+    tokens.checkpoint.allow_changes = []  # the new data is the run's from now on
     tokens.training.stop_at = 12
     train(tokens)
     with pytest.raises(ConfigError, match="was trained on other data"):
@@ -199,3 +200,26 @@ def test_a_mistake_in_a_mixture_is_one_sentence(typed, message):
     with pytest.raises(ConfigError) as caught:
         plan(["model=moda_tiny", "data=mixture", typed])
     assert str(caught.value).startswith(message)
+
+
+def test_another_batch_size_on_resume_goes_on_with_the_same_stream(shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    config.evaluation.every, config.training.stop_at = 0, 5
+    asked = []
+    original = BatchLoader.prefetch
+
+    def prefetch(self, position):
+        asked.append((position, self.global_batch_size))
+        original(self, position)
+
+    monkeypatch.setattr(BatchLoader, "prefetch", prefetch)
+    train(config)
+    config.training.stop_at, config.training.global_batch_size = 8, 16
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size"):
+        train(config)
+    config.checkpoint.allow_changes = ["training.global_batch_size"]
+    train(config)
+    first, second = asked[:5], asked[6:9]  # each start also reads one batch ahead of its end
+    assert first == [(4 * step, 4) for step in range(5)]
+    assert second == [(20 + 16 * step, 16) for step in range(3)]
+    assert [record["tokens"] for record in untimed(config.run.dir)][-1] == (20 + 3 * 16) * 16
