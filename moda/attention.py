@@ -69,8 +69,9 @@ def attention(
         scale: factor of the scores; head_dim ** -0.5 when None.
         cu_seqlens: cumulative document lengths over the flattened batch * time tokens, integers from 0 to batch * time;
             a token sees its own document only. The end of a row ends a document too.
-        backend: "reference" (plain PyTorch, anywhere), "joined" (fused kernels: CUDA, bf16 or fp16, no documents), or
-            "auto", which takes joined where it can.
+        backend: "joined" (a vendor's sequence kernel and Triton kernels over the slots: CUDA, bf16 or fp16), "fused"
+            (Triton over both: CUDA, fp32 too), "reference" (plain PyTorch, anywhere), or "auto", the first of these
+            that is exact for the call; `explain` says which and why.
         return_lse: return the log-sum-exp of the joint scores too.
 
     Returns:
