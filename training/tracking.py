@@ -21,6 +21,8 @@ To look into an offline run: `wandb leet inspect --json run_dir/wandb/offline-ru
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,9 @@ class WandbTracker:
         self._run: Any = None
         self._run_id = run_id
         self._next_step = 0
+        # Records go through a thread of their own: a service that hangs does not stop training.
+        self._records: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send, name="wandb", daemon=True)
         mode = config.mode
         if mode == "online" and os.environ.get("WANDB_MODE") in ("offline", "disabled"):
             mode = os.environ["WANDB_MODE"]
@@ -68,6 +73,7 @@ class WandbTracker:
         except Exception as error:
             self._give_up(error)
             return
+        self._sender.start()
         for record in history:
             self.log(record)
         self._remove_superseded_files()
@@ -78,25 +84,39 @@ class WandbTracker:
         return self._run_id
 
     def log(self, record: Mapping[str, float]) -> None:
-        """Send one record (`step`, `tokens` and its values, same keys); a step that wandb has already is left out."""
-        if self._run is None or record["step"] < self._next_step:
-            return
-        step = int(record["step"])
-        try:
-            self._run.log(dict(record), step=step, commit=True)
-        except Exception as error:
-            self._give_up(error)
-        self._next_step = step + 1
+        """Send one record (`step`, `tokens` and its values, same keys), some time later.
+
+        A step that wandb has already is left out.
+        """
+        if self._run is not None:
+            self._records.put(dict(record))
 
     def finish(self, exit_code: int = 0) -> None:
         """End the wandb run (`exit_code` other than 0 marks it failed). May be called more than once."""
-        run, self._run = self._run, None
-        if run is None:
+        if self._run is None:
             return
-        try:
-            run.finish(exit_code=exit_code)
-        except Exception as error:
-            self._give_up(error)
+        self._records.put(None)
+        self._sender.join(FINISH_TIMEOUT_SECONDS)
+        run, self._run = self._run, None
+        if self._sender.is_alive():
+            print("wandb: it does not answer; what it lacks is in metrics.jsonl, and the next start sends it")
+        elif run is not None:
+            try:
+                run.finish(exit_code=exit_code)
+            except Exception as error:
+                self._give_up(error)
+
+    def _send(self) -> None:
+        """In the thread: records, in order, until None comes."""
+        while (record := self._records.get()) is not None:
+            run, step = self._run, int(record["step"])
+            if run is None or step < self._next_step:
+                continue
+            self._next_step = step + 1
+            try:
+                run.log(record, step=step, commit=True)
+            except Exception as error:
+                self._give_up(error)
 
     def _start_online(self, config: WandbConfig, run_name: str, resolved_config: Mapping[str, Any]) -> str:
         """Start online and return "online", or say why not in one line and return "offline"."""

@@ -286,7 +286,7 @@ class Trainer:
                     f"{checkpoint_path(self.run_dir, state.step)} could not be saved ({self.saver.failure}): make room "
                     f"or give access there, and the same command continues step {self.saver.saved_step}."
                 )
-        if not self.world.is_main:
+        if not self.world.is_main or self.log.last_step < 0:  # a signal before the first record leaves nothing to show
             return
         first: dict[str, tuple[float, int]] = {}
         last: dict[str, tuple[float, int]] = {}

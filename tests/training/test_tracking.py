@@ -5,6 +5,8 @@ import math
 import os
 import subprocess
 import sys
+import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,7 @@ def test_online_resume_sends_what_the_server_lacks_and_no_step_twice(tmp_path, s
     tracker = WandbTracker(WandbConfig(mode="online"), "name", tmp_path, {}, "abc", history)
     tracker.log({"step": 7, "tokens": 7})
     tracker.log({"step": 7, "tokens": 7})
+    tracker.finish()
     assert server.run.steps == [4, 5, 6, 7]
     assert (server.arguments[0]["id"], server.arguments[0]["resume"]) == ("abc", "allow")
 
@@ -194,12 +197,15 @@ def test_online_resume_before_the_servers_last_step_replays_silently(tmp_path, s
     tracker = WandbTracker(WandbConfig(mode="online"), "name", tmp_path, {}, "abc", history)
     for step in range(7, 11):
         tracker.log({"step": step, "tokens": step})
+    tracker.finish()
     assert server.run.steps == [9, 10]
 
 
 def test_no_connection_means_offline_in_one_line(tmp_path, server, capsys):
     server.broken = "online"
-    WandbTracker(WandbConfig(mode="online"), "name", tmp_path, {}).log({"step": 1, "tokens": 1})
+    tracker = WandbTracker(WandbConfig(mode="online"), "name", tmp_path, {})
+    tracker.log({"step": 1, "tokens": 1})
+    tracker.finish()
     assert [arguments["mode"] for arguments in server.arguments] == ["online", "offline"]
     assert server.run.steps == [1]
     assert "cannot go online (RuntimeError: no route)" in capsys.readouterr().out
@@ -231,3 +237,17 @@ def test_the_environment_can_take_wandb_offline(tmp_path, server, monkeypatch, m
     monkeypatch.setenv("WANDB_MODE", mode)
     WandbTracker(WandbConfig(mode="online"), "name", tmp_path, {})
     assert [arguments["mode"] for arguments in server.arguments] == [mode] * (mode == "offline")
+
+
+def test_a_service_that_hangs_stops_neither_training_nor_its_end(tmp_path, server, monkeypatch, capsys):
+    monkeypatch.setattr("training.tracking.FINISH_TIMEOUT_SECONDS", 0.2)
+    hanging = threading.Event()
+    server.run.log = lambda *arguments, **options: hanging.wait(60)
+    tracker = WandbTracker(OFFLINE, "name", tmp_path, {})
+    begun = time.monotonic()
+    for step in range(100):
+        tracker.log({"step": step, "tokens": step})
+    tracker.finish()
+    assert time.monotonic() - begun < 10
+    assert "wandb: it does not answer" in capsys.readouterr().out
+    hanging.set()

@@ -334,6 +334,75 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished,
     assert untimed(config.run.dir) == untimed(finished)
 
 
+def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_it(shards, finished, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    original, asked = training.trainer.Trainer._stopping, []
+
+    def stopping(self, **options):
+        if self.state.step == 10 and not options:  # asked between the batches of the evaluation
+            asked.append(1)
+            if len(asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, **options)
+
+    monkeypatch.setattr(training.trainer.Trainer, "_stopping", stopping)
+    with pytest.raises(SystemExit) as stopped:
+        train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(asked) == 2
+    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-10"]
+    assert untimed(config.run.dir) == untimed(finished)[:10]  # steps 0 to 9
+    monkeypatch.undo()
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+def test_a_signal_in_the_first_evaluation_leaves_nothing_to_continue_and_the_next_start_begins(
+    shards, finished, tmp_path, monkeypatch
+):
+    config = tiny_config(shards, tmp_path / "run")
+    original = training.trainer.Trainer._train
+
+    def begin(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(self)
+
+    monkeypatch.setattr(training.trainer.Trainer, "_train", begin)
+    with pytest.raises(SystemExit):
+        train(config)
+    assert find_checkpoints(tmp_path / "run") == []
+    monkeypatch.undo()
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
+
+
+def test_elapsed_time_goes_on_after_a_resume(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.steps, config.training.stop_at = 8, 4
+    train(config)
+    config.training.stop_at = None
+    train(config)
+    elapsed = [r["time/elapsed_seconds"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl")[1:]]
+    assert elapsed == sorted(elapsed)
+
+
+def test_a_change_that_is_allowed_by_name_is_taken_and_others_are_still_refused(shards, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-20")
+    config = tiny_config(shards, run_dir)
+    config.optimizer.lr, config.optimizer.weight_decay = 1e-3, 0.0
+    config.checkpoint.allow_changes = ["optimizer.lr"]
+    with pytest.raises(ConfigError, match=r"allow_changes=\[optimizer\.lr,optimizer\.weight_decay\]"):
+        train(config)
+    config.checkpoint.allow_changes = ["optimizer.lr", "optimizer.weight_decay", "training.seed"]
+    train(config)
+    assert untimed(run_dir)[11]["train/lr"] == pytest.approx(untimed(finished)[11]["train/lr"] / 10)
+    config.training.seed = 3
+    with pytest.raises(ConfigError, match=r"training\.seed +0 +3 +cannot change"):
+        train(config)
+
+
 def test_sparse_logging_and_evaluation_keep_their_steps(shards, tmp_path):
     config = tiny_config(shards, tmp_path / "run")
     config.training.steps, config.logging.every, config.evaluation.every = 11, 4, 5
