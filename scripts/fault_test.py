@@ -202,7 +202,7 @@ def signals(bench: Bench, times: int) -> list[Row]:
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         run_dir = bench.run_dir(name)
         status = bench.finish(run_dir, inject=f"_inject(13, lambda: os.kill(os.getpid(), signal.{name}))")
-        message, saved = bench.said(r"SIG\w+ came[^\n]*"), (run_dir / "checkpoints/step-14" / MARKER).exists()
+        message, saved = bench.said(r"SIG\w+ came[^\n]*"), (run_dir / "checkpoints/step-13" / MARKER).exists()
         passed = status == 128 + getattr(signal, name) and saved and bench.finish(run_dir) == 0 and bench.same(run_dir)
         rows.append(Row(name, "os.kill before step 14", 1, f"nothing; exit status {status}", message, passed))
     run_dir = bench.run_dir("evaluation")

@@ -141,10 +141,8 @@ class Trainer:
             self._evaluate_and_record(state.unrecorded)
         self.loader.prefetch(state.instances)
         save_due = False
-        while state.step < self.last_step and not self._stopping(has_data=self.loader.ready(state.instances)):
-            batch = self.loader.batch(state.instances)
-            watchdog.mark(f"the data of step {state.step + 1}")
-            loss, grad_norm, lr = self._step(batch)
+        while state.step < self.last_step and not self._stopping(has_data=self._has_data()):
+            loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
             state.step += 1
             state.instances += config.training.global_batch_size
             state.tokens += config.training.global_batch_size * config.data.sequence_length
@@ -197,6 +195,11 @@ class Trainer:
         for notify in self.after_step:
             notify(self.state.step + 1)
         return total, grad_norm, lr
+
+    def _has_data(self) -> bool:
+        ready = self.loader.ready(self.state.instances)
+        self.watchdog.mark(f"the data of step {self.state.step + 1}")
+        return ready
 
     def _stopping(self, has_data: bool = True) -> bool:
         """Whether some rank got a signal, which all know from here on, or has no data for its next step."""

