@@ -29,7 +29,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh  # one dimension, all ranks
-    store: dist.Store | None  # what the ranks can tell each other without a collective; None for one process
+    store: dist.Store | None = None  # what ranks tell each other without a collective; None for one process
 
     @property
     def is_main(self) -> bool:
