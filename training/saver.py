@@ -1,7 +1,7 @@
 """Writing checkpoints while training goes on.
 
-In: the tensors of `training.checkpoint` and the state of a step. Out: a checkpoint, some seconds later. `save` only
-begins to copy the tensors to host memory; the copy runs beside the next forward and backward and ends before the
+In: the tensors of `training.checkpoint` and the state of a step. Out: a checkpoint, some seconds later. On a GPU `save`
+only begins to copy the tensors to host memory; the copy runs beside the next forward and backward and ends before the
 optimizer changes the weights (a hook of the optimizer waits for it). A thread of each rank then writes, over a process
 group of its own: files, checksums read back from disk, marker, deletion of old checkpoints. `dcp.async_save` ties
 copying and writing together, so that ranks wait in vain for one whose copy failed; here all agree on the copy first,
@@ -65,7 +65,7 @@ class CheckpointSaver:
         # Its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._staging: tuple[Any, TrainState, bool] | None = None
+        self._staging: tuple[Any, dict[str, Any], TrainState, bool] | None = None
         self._writing: Future[str | None] | None = None
         self._writing_step = 0
         self._stalled = 0.0
@@ -86,6 +86,8 @@ class CheckpointSaver:
         state.permanent = permanent is not None and state.step % permanent == 0
         rank = self._world.rank
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
+        # The next step enters the window before the hook of the optimizer waits for the copy.
+        tensors["skip"] = {name: tensor.clone() for name, tensor in tensors["skip"].items()}
         if state.device == "cuda":
             torch.cuda.current_stream().synchronize()  # the copy runs on a stream of its own
         copying: Any = None
@@ -94,14 +96,16 @@ class CheckpointSaver:
                 copying = self._stager.stage(tensors)
             except (RuntimeError, MemoryError) as error:
                 copying = error
-        self._staging = (copying, state, delete_old)
+        self._staging = (copying, tensors, state, delete_old)
         self._stalled = time.perf_counter() - begin
+        if self._stager is None or state.device != "cuda":
+            self.end_staging()  # the copy is done, or there is none
 
     def end_staging(self) -> None:
         """Wait for the copy, if one runs, and hand it to the writing thread. The weights may change after this."""
         if self._staging is None:
             return
-        (copied, state, delete_old), self._staging = self._staging, None
+        (copied, tensors, state, delete_old), self._staging = self._staging, None
         begin = time.perf_counter()
         if isinstance(copied, Future):
             try:
@@ -114,12 +118,9 @@ class CheckpointSaver:
             self.close_stager()
             copied = None
         synchronous = copied is None
-        if synchronous:
-            rank = self._world.rank
-            copied = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
         self._writing_step = state.step
-        stalled = self._stalled + time.perf_counter() - begin
-        self._writing = self._thread.submit(self._write, copied, state, delete_old, None if synchronous else stalled)
+        stalled = None if synchronous else self._stalled + time.perf_counter() - begin
+        self._writing = self._thread.submit(self._write, tensors if synchronous else copied, state, delete_old, stalled)
         if synchronous:
             self.wait()
 

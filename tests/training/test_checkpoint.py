@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 import training.saver
@@ -159,6 +160,17 @@ def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
     train(short(shards, tmp_path / "run", asynchronous=False, keep=None))
     assert losses(tmp_path / "run") == losses(saved)
     assert names(tmp_path / "run") == names(saved)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tmp_path):
+    """The next step enters the window in place, before its optimizer waits for the copy."""
+    train(short(shards, tmp_path / "run", asynchronous=asynchronous, keep=None))
+    for path in find_checkpoints(tmp_path / "run"):
+        entered = torch.zeros((), dtype=torch.int64)
+        dcp.load({"skip.entered": entered}, storage_reader=training.storage.SafeReader(path), no_dist=True)
+        assert int(entered) == read_marker(path).state.step
 
 
 def test_without_host_memory_for_a_copy_training_waits_and_says_why(shards, saved, tmp_path, monkeypatch, capsys):
