@@ -223,7 +223,7 @@ def _alive(process: int) -> bool:
     try:
         with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()[0] not in "ZX"  # a zombie waits for its parent
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it ends between open and read
         return not os.path.isdir("/proc/self")  # without /proc nobody knows
 
 
