@@ -83,7 +83,8 @@ class CheckpointSaver:
         permanent = self.config.permanent_every
         state = copy.deepcopy(state)
         state.world_size, state.device = self._world.size, self._world.device.type
-        state.permanent = permanent is not None and state.step % permanent == 0
+        # Also the first one after a step whose checkpoint was put off, or could not be written.
+        state.permanent = permanent is not None and state.step // permanent > self.saved_step // permanent
         rank = self._world.rank
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
         # The next step enters the window before the hook of the optimizer waits for the copy.

@@ -10,6 +10,7 @@ import training.trainer
 from models.decoder import Decoder
 from models.initialization import initialize
 from tests.shards import tiny_config
+from training.checkpoint import find_checkpoints, read_marker
 from training.config import OptimizerConfig, TrainingError
 from training.metrics import read_metrics
 from training.optimizer import build_optimizer, moments
@@ -146,10 +147,11 @@ def test_a_spike_of_the_gradient_is_skipped_after_a_resume_too(shards, tmp_path,
 
 def test_a_checkpoint_waits_for_the_end_of_a_streak(shards, tmp_path, monkeypatch):
     config = tiny_config(shards, tmp_path / "run")
-    config.training.stop_at, config.checkpoint.every, config.checkpoint.keep = 9, 4, None
+    config.training.stop_at, config.checkpoint.every, config.checkpoint.permanent_every = 9, 4, 4
     poisoned(monkeypatch, {4, 5})
     train(config)
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-6", "step-8", "step-9"]
+    saved = {p.name: read_marker(p).state.permanent for p in find_checkpoints(tmp_path / "run")}
+    assert saved == {"step-6": True, "step-8": True, "step-9": False}
 
 
 def test_too_many_in_a_row_end_the_run_with_the_checkpoint_from_before(shards, tmp_path, monkeypatch):
