@@ -55,7 +55,8 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
 
 def _check_paths(config: Config) -> None:
     resume = config.checkpoint.resume
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
+    begun = any(Path(config.run.dir).glob("checkpoints/step-*"))  # then what it began with may be deleted since
+    if resume not in ("auto", "never") and not Path(resume).is_dir() and not begun:
         raise ConfigError(
             f"checkpoint.resume={resume} does not exist: use auto, never or the path of a checkpoint, as in "
             f"runs/NAME/checkpoints/step-1000."

@@ -74,7 +74,8 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
     path = _newest(run_dir, locked)
     if resume != "auto":
         given = Path(resume).resolve()
-        read_marker(given, "checkpoint.resume")
+        if path is None or read_marker(path).state.begun_from != str(given):  # what it began with may be deleted since
+            read_marker(given, "checkpoint.resume")
         if path is None:
             path = given
             if locked:
@@ -95,8 +96,14 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
     if path is not None:
         saved = read_marker(path).state
         check_resumable(saved.config, config, path)
+        stream = open_stream(config)
         if DATA not in config.checkpoint.allow_changes:
-            check_same_data(saved.data, saved.sources, open_stream(config), path)
+            check_same_data(saved.data, saved.sources, stream, path)
+        if saved.tokenizer != stream.tokenizer["sha256"]:
+            raise ConfigError(
+                f"{path} was trained with another tokenizer than that of data.path={config.data.paths[0]}: its ids "
+                "mean other text there, so give data of the same tokenizer, or start a new run with another run.name."
+            )
     return path
 
 

@@ -18,6 +18,7 @@ from training.checkpoint import find_checkpoints
 from training.config import TrainingError
 from training.lock import run_lock
 from training.metrics import read_metrics
+from training.preflight import preflight
 from training.trainer import train
 
 TIMED = ("throughput/", "memory/", "time/")
@@ -116,11 +117,13 @@ def test_resume_from_a_path_continues_in_another_directory_and_then_from_its_own
     shards, finished, tmp_path
 ):
     config = tiny_config(shards, tmp_path / "fork")
-    config.checkpoint.resume = str(finished / "checkpoints" / "step-10")
+    base = shutil.copytree(finished, tmp_path / "base")
+    config.checkpoint.resume = str(base / "checkpoints" / "step-10")
     config.checkpoint.every, config.training.stop_at = 5, 15
     train(config)
+    base.rename(tmp_path / "gone")  # as when the run that it comes from goes on
     config.training.stop_at = None
-    train(config)
+    train(preflight(config))
     records = untimed(config.run.dir)
     assert [r["step"] for r in records] == list(range(11, 21))
     assert [r["train/loss"] for r in records] == [r["train/loss"] for r in untimed(finished)[11:]]
@@ -199,6 +202,13 @@ def test_a_resume_that_would_be_another_run_is_refused_and_loses_nothing(change,
 def test_other_data_on_resume_is_refused(finished, tmp_path):
     config = tiny_config(write_shards(tmp_path / "other", seed=1), finished)
     with pytest.raises(ConfigError, match="was trained on other data"):
+        train(config)
+
+
+def test_another_tokenizer_is_refused_where_other_tokens_are_allowed(finished, tmp_path):
+    config = tiny_config(write_shards(tmp_path / "other", seed=1, tokenizer="1" * 64), finished)
+    config.checkpoint.allow_changes = ["data"]
+    with pytest.raises(ConfigError, match="another tokenizer"):
         train(config)
 
 
