@@ -47,8 +47,9 @@ class SpikeFilter:
         window = self._values.shape[1]
         known = self._slots < self._entered  # [window]
         count = known.sum().clamp_min(1)
-        mean = (self._values * known).sum(1) / count
-        variance = ((self._values - mean[:, None]).square() * known).sum(1) / count
+        values = self._values.double()  # the square of a number of fp32 may be too large for fp32
+        mean = (values * known).sum(1) / count
+        variance = ((values - mean[:, None]).square() * known).sum(1) / count
         sigma = torch.maximum(variance.sqrt(), RELATIVE_FLOOR * mean.abs())
         enough = self._entered >= max(2, window // 2)
         limit = torch.where(enough & (self.sigmas > 0), mean + self.sigmas * sigma, torch.inf)

@@ -64,6 +64,13 @@ def test_a_spike_does_not_blind_the_filter_to_the_next():
     assert judged(filled(), (1e6, 1), (3, 1), (1e6, 1)) == [True, False, True]
 
 
+def test_a_number_whose_square_is_none_leaves_no_nan_in_the_window():
+    spikes = SpikeFilter(8, 6.0, CPU)
+    judged(spikes, (3, 1), (3, 1e30), *[(3 + 0.1 * (i % 3), 1) for i in range(12)])
+    assert spikes.state()["values"].isfinite().all()
+    assert judged(spikes, (3, 1e6)) == [True]
+
+
 def test_a_new_level_is_taken_for_normal_after_some_steps():
     skipped = judged(filled(), *[(5, 1)] * 20)
     assert skipped[0]
