@@ -106,7 +106,7 @@ def read_marker(path: Path, key: str = "") -> Marker:
         raise ConfigError(
             f"{named} is no whole checkpoint (it has no {MARKER}): give a folder {FOLDER}/step-N."
         ) from None
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{named} is damaged ({MARKER} cannot be read: {error}): use another checkpoint.") from error
     for name, size in marker.bytes.items():
         file = path / name
@@ -120,9 +120,12 @@ def read_marker(path: Path, key: str = "") -> Marker:
 def verify(path: Path, key: str = "") -> Marker:
     """The marker of a checkpoint, after every file was read. Raises ConfigError, naming a file that is not as saved."""
     marker = read_marker(path, key)
-    name = first_difference(path, marker.sha256)
+    named = f"{key}={path}" if key else str(path)
+    try:
+        name = first_difference(path, marker.sha256)
+    except OSError as error:
+        raise ConfigError(f"{named} is damaged (it cannot be read: {error}): use another checkpoint.") from error
     if name is not None:
-        named = f"{key}={path}" if key else str(path)
         raise ConfigError(f"{named} is damaged ({name} is not what was saved): use another checkpoint.")
     return marker
 

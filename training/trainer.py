@@ -72,7 +72,11 @@ def train(config: Config) -> None:
             # Again: nobody else changes the directory from here on.
             checkpoint = choose_checkpoint(config, locked=True)
         world = stack.enter_context(distributed_world(config.training.device))
-        Trainer(config, world, stop, world.broadcast(checkpoint)).fit()
+        try:
+            trainer = Trainer(config, world, stop, world.broadcast(checkpoint))
+        except torch.OutOfMemoryError as error:  # the weights alone
+            raise TrainingError(explain(error, config, world)) from error
+        trainer.fit()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
 

@@ -19,6 +19,7 @@ from tests.shards import tiny_config
 from training.checkpoint import MARKER, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
 from training.metrics import read_metrics
+from training.resume import choose_checkpoint
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
 from training.trainer import Trainer, train
 
@@ -98,6 +99,21 @@ def test_a_damaged_newest_is_named_set_aside_and_the_one_before_is_taken(damage,
     assert "step-6 at step 6" in printed.out
     assert names(run_dir) == ["step-2", "step-4", "step-6", "step-8", "step-8.damaged"]
     assert losses(run_dir) == losses(saved)
+
+
+def test_a_newest_that_a_disk_cannot_read_is_damaged_too(run, saved, monkeypatch, capsys):
+    original = training.storage.checksum
+
+    def checksum(file, **options):
+        if file.parent.name == "step-8":
+            raise OSError(5, "Input/output error", str(file))
+        return original(file, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.storage, "checksum", checksum)
+        assert choose_checkpoint(run, locked=True).name == "step-6"
+    assert "Input/output error" in capsys.readouterr().err
+    assert "step-8.damaged" in names(run.run.dir)
 
 
 def test_without_any_whole_checkpoint_nothing_is_lost_by_beginning_again(run):

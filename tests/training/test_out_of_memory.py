@@ -35,11 +35,12 @@ def test_the_sizes_that_are_named_fit_and_divide_the_batch(shards, tmp_path):
     assert "no micro-batch fits" in what_would_fit(config, WORLD, 1000)
 
 
-def test_a_run_that_has_no_memory_left_ends_with_them(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["_step", "_restore"])
+def test_a_run_that_has_no_memory_left_ends_with_them(where, shards, tmp_path, monkeypatch):
     def step(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GB. GPU 0 has ...")
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, where, step)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1e6))
     config = tiny_config(shards, tmp_path / "run")
     config.evaluation.every, config.parallel.compile = 0, False
