@@ -220,7 +220,9 @@ class Trainer:
             return self._stopping()
 
         with self.clock.paused():
-            evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping)
+            evaluated: dict[str, float] | None = {}  # a start that makes no evaluations may find one left to make
+            if self.config.evaluation.every:
+                evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping)
         self.state.unrecorded = values if evaluated is None else {}
         if evaluated is not None:
             self._record(values | evaluated)

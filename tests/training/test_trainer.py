@@ -363,8 +363,13 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_it(shards, f
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-10"]
     assert untimed(config.run.dir) == untimed(finished)[:10]  # steps 0 to 9
     monkeypatch.undo()
+    without = tiny_config(shards, shutil.copytree(tmp_path / "run", tmp_path / "without"))
     train(config)
     assert untimed(config.run.dir) == untimed(finished)
+    without.evaluation.every, without.training.stop_at = 0, 11
+    train(without)
+    losses = [record["train/loss"] for record in untimed(without.run.dir)[1:]]
+    assert losses == [record["train/loss"] for record in untimed(finished)[1:12]]
 
 
 def test_a_signal_in_the_first_evaluation_leaves_nothing_to_continue_and_the_next_start_begins(
