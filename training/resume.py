@@ -71,7 +71,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
                 f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
             )
         return None
-    path = _newest(run_dir, locked)
+    path = own = _newest(run_dir, locked)
     if resume != "auto":
         given = Path(resume).resolve()
         if path is None or read_marker(path).state.begun_from != str(given):  # what it began with may be deleted since
@@ -90,7 +90,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
                 f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
                 "its own: set another run.name, or checkpoint.resume=auto to continue it."
             )
-    if path is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
+    if own is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
         # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
         check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), config, run_dir)
     if path is not None:

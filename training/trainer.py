@@ -386,6 +386,7 @@ class Trainer:
     def _restore(self, checkpoint: Path | None) -> None:
         """Weights, optimizer and state of the checkpoint, or of step 0."""
         config = self.config
+        self.last_recorded = -1  # later records are of steps that are done again, or of no run that goes on
         torch.manual_seed(config.training.seed)
         if checkpoint is None:
             initialize(self.model, config.training.seed)
@@ -394,6 +395,8 @@ class Trainer:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes)
             if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
+            else:
+                self.last_recorded = self.state.step
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
@@ -409,7 +412,7 @@ class Trainer:
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
         record_versions(self.run_dir, self.world, self.state.step)
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
-        self.log.rewind(self.state.step if self.state.step > 0 else -1)
+        self.log.rewind(self.last_recorded)
         self.tracker = WandbTracker(
             config.logging.wandb,
             config.run.name,

@@ -129,6 +129,20 @@ def test_resume_from_a_path_continues_in_another_directory_and_then_from_its_own
     assert [r["train/loss"] for r in records] == [r["train/loss"] for r in untimed(finished)[11:]]
 
 
+def test_a_run_that_begins_with_a_checkpoint_takes_over_no_records_of_an_earlier_one(shards, finished, tmp_path):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 3
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before the first
+    config.checkpoint.resume, config.training.stop_at = str(finished / "checkpoints" / "step-10"), 12
+    config.model.norm = "pre"
+    with pytest.raises(ConfigError, match=r"run cannot be continued[^/]*model\.norm +reordered +pre"):
+        train(config)
+    config.model.norm = "reordered"
+    train(config)
+    assert [record["step"] for record in untimed(config.run.dir)] == [11, 12]
+
+
 def test_going_back_behind_newer_checkpoints_of_the_same_run_is_refused(shards, finished):
     config = tiny_config(shards, finished)
     config.checkpoint.resume = str(finished / "checkpoints" / "step-10")
