@@ -94,9 +94,14 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
+def partial_path(path: Path) -> Path:
+    """Where `path` is made before it gets its name: beside it, apart from what other hosts make of a shared folder."""
+    return path.with_name(f"{path.name}.{os.uname().nodename}.partial")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `path` in one step: a reader sees the old file, or none, or the whole new one, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
