@@ -206,17 +206,31 @@ def file_state(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def host_lock(folder: Path) -> Iterator[None]:
-    """One process of this host and user at a time works on `folder`, which need not exist or be writable."""
+def host_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process of this host and user at a time works on `folder`, which need not exist or be writable.
+
+    `waiting` is called when another one does.
+    """
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"moda-{os.getuid()}-{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_one_source(shards_dir: Path) -> None:
+    """Raise `DataError` when `shards_dir` is no shards directory but holds those of several sources."""
+    inside = sorted(str(path.parent) for path in shards_dir.glob("*/train"))
+    if inside and not (shards_dir / "train").exists():
+        raise DataError(f"{shards_dir} holds the shards of several sources: name each, {', '.join(inside)}.")
 
 
 def validation_domains(shards_dir: str | Path) -> list[str]:
