@@ -74,6 +74,16 @@ def test_a_damaged_file_and_wrong_counts_are_problems_with_an_exit_status(folder
     assert manifest["documents"] == 60
 
 
+def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsys):
+    for name in ("web", "code"):
+        write_shards(tmp_path / "shards" / name)
+    assert main([str(tmp_path / "shards")]) == 2
+    said = capsys.readouterr()
+    found = f"{tmp_path}/shards/code, {tmp_path}/shards/web"
+    assert said.err == f"error: {tmp_path}/shards holds the shards of several sources: name each, {found}.\n"
+    assert said.out == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
