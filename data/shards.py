@@ -95,8 +95,11 @@ def dtype_for(vocab_size: int) -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """Where `path` is made before it gets its name: beside it, apart from what other hosts make of a shared folder."""
-    return path.with_name(f"{path.name}.{os.uname().nodename}.partial")
+    """Where `path` is made before it gets its name: beside it, apart from what other hosts or users make in a folder.
+
+    Processes that may make the same file hold a `host_lock`; what one of them left is written over by the next.
+    """
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getuid()}.partial")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
