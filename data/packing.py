@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shards import DataError, TokenStream, check_sequence_length, host_lock, write_atomically
+from data.shards import DataError, TokenStream, check_sequence_length, host_lock, partial_path, write_atomically
 
 BLOCK = 2**20  # documents packed together: bounds the memory to about 200 MB; packing more gains nothing
 NAME = "packing.json"
@@ -116,9 +116,10 @@ class PackedDataset:
 def pack(stream: TokenStream, sequence_length: int, index: Path) -> PackingReport:
     """Pack a whole dataset, write its index to the folder `index`. Raises `DataError` when that cannot be written."""
     report = PackingReport(stream.manifest.fingerprint, sequence_length)
-    partial = index.with_name(index.name + ".partial")
+    partial = partial_path(index)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for old in (partial, index):  # of an interrupted attempt; of other data, or damaged
+            shutil.rmtree(old, ignore_errors=True)
         partial.mkdir()
         pieces_before = 0
         files = {name: open(partial / f"{name}.bin", "wb") for name in ARRAYS}  # noqa: SIM115 (closed below)
@@ -137,8 +138,12 @@ def pack(stream: TokenStream, sequence_length: int, index: Path) -> PackingRepor
         if not report.instances:
             raise DataError(f"{stream.folder} has no document of two ids or more: nothing can be packed.")
         write_atomically(partial / NAME, json.dumps(asdict(report), indent=1).encode())
-        shutil.rmtree(index, ignore_errors=True)
-        os.replace(partial, index)
+        try:
+            os.replace(partial, index)
+        except OSError:
+            if _read_report(index, stream) is None:
+                raise
+            shutil.rmtree(partial)  # another host was faster, and its processes read from there
     except OSError as error:
         raise DataError(
             f"data.packing=best_fit cannot write its index to {index} ({error.strerror}): make {stream.folder} "
@@ -151,7 +156,12 @@ def _read_report(index: Path, stream: TokenStream) -> PackingReport | None:
     """The report of a finished index of this very data, None when there is none."""
     try:
         report = PackingReport(**json.loads((index / NAME).read_bytes()))
-        whole = (index / "targets.bin").stat().st_size == report.instances * ARRAYS["targets"].itemsize
+        ends = np.memmap(index / "ends.bin", dtype=ARRAYS["ends"], mode="r")
+        counts = dict.fromkeys(("ends", "targets"), report.instances) | dict.fromkeys(
+            ("pieces", "lengths"), int(ends[-1])
+        )
+        sizes = {name: (index / f"{name}.bin").stat().st_size for name in ARRAYS}
+        whole = sizes == {name: counts[name] * dtype.itemsize for name, dtype in ARRAYS.items()}
     except (OSError, ValueError, TypeError):
         return None
     return report if whole and report.fingerprint == stream.manifest.fingerprint else None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -48,7 +49,7 @@ from data.workers import Job, run_jobs
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
 SMALL = 10_000_000  # bytes of the source that one process prepares about as fast as several are started
-DUPLICATES_NAME = "duplicates"  # folder inside a split while its duplicates are looked for
+DUPLICATES_NAME = "duplicates-"  # folder inside a split while its duplicates are looked for, a digest of its text after
 SPLITS = ("train", "validation/*", "*/train", "*/validation/*")  # where splits lie below an output
 
 
@@ -117,6 +118,12 @@ class _PlannedSplit:
     def part_folder(self, index: int) -> Path:
         return self.folder / f"{index:05d}"
 
+    @property
+    def duplicates_folder(self) -> Path:
+        """Where the hashes of this text are, cut as it is: those of another attempt's text are not taken for them."""
+        content = json.dumps([self.settings["source"], len(self.parts)], sort_keys=True)
+        return self.folder / f"{DUPLICATES_NAME}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
 
 def prepare(source: Source, request: TokenizerRequest, output: Path, options: PrepareOptions) -> dict[str, Manifest]:
     """Prepare every split of `source`; returns the manifests by split name (`train`, `validation/DOMAIN`).
@@ -137,7 +144,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     for name in finished:
         print(f"{name}: finished before, checking its checksums", flush=True)
         finished[name] = verify_checksums(output / name)
-        shutil.rmtree(output / name / DUPLICATES_NAME, ignore_errors=True)
+        _remove_duplicates(output / name)
     unfinished = [split for split in splits if split.name not in finished]
     if unfinished or not _has_tokenizer(output, finished):
         if tokenizer is None:
@@ -331,7 +338,7 @@ def _tokenize_job(
         tokens_per_file=options.tokens_per_file,
         preparation=plan.settings | {"part": [index, len(plan.parts)]},
         filters=options.filters,
-        repeats=repeats_path(plan.folder / DUPLICATES_NAME, index) if options.finds_duplicates else None,
+        repeats=repeats_path(plan.duplicates_folder, index) if options.finds_duplicates else None,
         on_error=options.on_error,
         threads=threads,
     )
@@ -341,7 +348,7 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
     """Hash the parts of this task, and, once all parts are hashed, find what each has to leave out."""
     jobs: list[Job] = []
     for plan in planned:
-        folder = plan.folder / DUPLICATES_NAME
+        folder = plan.duplicates_folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         for index, part in enumerate(plan.parts):
@@ -351,7 +358,7 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
     for _ in _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks):
         pass
     for plan in planned:
-        folder = plan.folder / DUPLICATES_NAME
+        folder = plan.duplicates_folder
         missing = sum(not hashes_path(folder, index).exists() for index in range(len(plan.parts)))
         if missing:
             raise WaitingForTasks(
@@ -359,6 +366,11 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
                 f"{plan.split.name} not yet: give the same command again when they have."
             )
         find_repeats(folder, len(plan.parts))
+
+
+def _remove_duplicates(split: Path) -> None:
+    for folder in split.glob(f"{DUPLICATES_NAME}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run(
@@ -429,6 +441,6 @@ def _join(plan: _PlannedSplit, tokenizer: TextTokenizer, options: PrepareOptions
         if int(folder.name) >= len(plan.parts):
             shutil.rmtree(folder)
     write_manifest(plan.folder, joined)
-    shutil.rmtree(plan.folder / DUPLICATES_NAME, ignore_errors=True)
+    _remove_duplicates(plan.folder)
     print(f"{plan.split.name}: {summary(joined)}", flush=True)
     return joined

@@ -26,6 +26,7 @@ from data.shards import (
     ShardFile,
     host_lock,
     parse_manifest,
+    partial_path,
     write_atomically,
 )
 
@@ -136,7 +137,7 @@ class _Remote:
     def _copy_file(self, folder: str, file: ShardFile, target: Path) -> None:
         """One file, whole and verified under its name, or not at all."""
         address, path = f"{self.root}/{folder}/{file.name}", target / folder / file.name
-        part = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        part = partial_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)  # a prepared split has a folder for each part
         digest = hashlib.sha256()
         source = self._retried(partial(self.system.open, address, "rb"), address)

@@ -94,9 +94,17 @@ def dtype_for(vocab_size: int) -> str:
     return "uint16" if vocab_size <= 2**16 else "uint32"
 
 
+def partial_path(path: Path) -> Path:
+    """Where `path` is made before it gets its name: beside it, apart from what other hosts or users make in a folder.
+
+    Processes that may make the same file hold a `host_lock`; what one of them left is written over by the next.
+    """
+    return path.with_name(f"{path.name}.{os.uname().nodename}-{os.getuid()}.partial")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `path` in one step: a reader sees the old file, or none, or the whole new one, also after a power cut."""
-    partial = path.with_name(path.name + ".partial")
+    partial = partial_path(path)
     with open(partial, "wb") as file:
         file.write(content)
         file.flush()
@@ -201,17 +209,31 @@ def file_state(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def host_lock(folder: Path) -> Iterator[None]:
-    """One process of this host and user at a time works on `folder`, which need not exist or be writable."""
+def host_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """One process of this host and user at a time works on `folder`, which need not exist or be writable.
+
+    `waiting` is called when another one does.
+    """
     name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
     with open(Path(tempfile.gettempdir()) / f"moda-{os.getuid()}-{name}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_one_source(shards_dir: Path) -> None:
+    """Raise `DataError` when `shards_dir` is no shards directory but holds those of several sources."""
+    inside = sorted(str(path.parent) for path in shards_dir.glob("*/train"))
+    if inside and not (shards_dir / "train").exists():
+        raise DataError(f"{shards_dir} holds the shards of several sources: name each, {', '.join(inside)}.")
 
 
 def validation_domains(shards_dir: str | Path) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ from data.shards import DataError
 
 TOKEN_SUFFIXES = (".npy", ".bin")
 TRAIN = "train"
+_TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")  # words in the names of files
+_HELD_OUT = re.compile(r"(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
 
 
 class Part(Protocol):
@@ -86,7 +89,7 @@ def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iter
     """Files of a folder that are `known` by their names, or all files that a path or a glob (with ** too) names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _one_format(sorted(entry for entry in folder.iterdir() if entry.is_file() and known(entry)), key)
+        return _alike(sorted(entry for entry in folder.iterdir() if entry.is_file() and known(entry)), key)
     found = sorted(Path(name) for name in glob.glob(str(folder), recursive=True) if os.path.isfile(name))
     if not found:
         raise DataError(f"{key}={path} is no folder and no file, and no file matches it: give a folder, file or glob.")
@@ -96,8 +99,14 @@ def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iter
     return found
 
 
-def _one_format(paths: list[Path], key: str) -> list[Path]:
-    """`paths` of a folder, unless some may be notes or tables of contents beside the texts."""
+def _alike(paths: list[Path], key: str) -> list[Path]:
+    """`paths` of a folder, unless some may be held out, or notes or tables of contents beside the texts."""
+    held_out = [path for path in paths if _HELD_OUT.search(path.name.lower())]
+    if held_out and any(_TRAINING.search(path.name.lower()) for path in paths):
+        raise DataError(
+            f"{key}={paths[0].parent} holds {held_out[0].name} among files of training: name those of training with a "
+            "glob, and a folder of the others as source.validation."
+        )
     suffixes = sorted({"".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix for path in paths})
     if len(suffixes) > 1:
         raise DataError(
@@ -128,7 +137,9 @@ def _split_files(
             files = [entry] if known(entry) else []
         name = f"validation/{entry.name if entry.is_dir() else entry.name.split('.')[0]}"
         if files and name in found:
-            raise DataError(f"{folder} holds two domains named {entry.name.split('.')[0]}: rename one.")
+            raise DataError(
+                f"{folder} holds two domains named {name.split('/')[1]}: rename one, or put both in a folder."
+            )
         if files:
             found[name] = files
     found[TRAIN] = train

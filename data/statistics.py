@@ -18,7 +18,7 @@ LENGTH_BINS = 40  # powers of two: the last one holds documents of 2^39 ids
 class TokenStatistics:
     """Counts over a whole dataset."""
 
-    counts: np.ndarray  # int64 [vocab_size], or longer where an id is too large
+    counts: np.ndarray  # int64 [vocab_size]; ids that are too large are not among them
     documents: int  # EOS ids found
     lengths: np.ndarray  # int64 [LENGTH_BINS], documents of 2^i to 2^(i + 1) - 1 ids, EOS included
     longest: int  # ids of the longest document
@@ -45,11 +45,11 @@ def statistics(stream: TokenStream) -> TokenStatistics:
     manifest = stream.manifest
     counts = np.zeros(manifest.vocab_size, dtype=np.int64)
     lengths = np.zeros(LENGTH_BINS, dtype=np.int64)
-    documents, longest, position, begin = 0, 0, 0, 0
+    documents, longest, position, begin, largest = 0, 0, 0, 0, 0
     for chunk in stream.chunks():
-        found = np.bincount(chunk, minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        largest = max(largest, int(chunk.max()))
+        known = chunk if largest < len(counts) else chunk[chunk < len(counts)]  # a damaged id may be four billion
+        counts += np.bincount(known, minlength=len(counts))
         ends = np.flatnonzero(chunk == manifest.eos_id) + position + 1
         position += len(chunk)
         if len(ends):
@@ -61,6 +61,6 @@ def statistics(stream: TokenStream) -> TokenStatistics:
         problems.append(f"{documents:,} EOS ids were found and the manifest has {manifest.documents:,} documents")
     if begin != position:
         problems.append(f"the last {position - begin:,} ids have no EOS after them")
-    if len(counts) > manifest.vocab_size:
-        problems.append(f"the id {len(counts) - 1} occurs and the tokenizer has {manifest.vocab_size:,}")
+    if largest >= manifest.vocab_size:
+        problems.append(f"the id {largest} occurs and the tokenizer has {manifest.vocab_size:,}")
     return TokenStatistics(counts, documents, lengths, longest, problems)

@@ -28,6 +28,7 @@ from data.shards import (
     Instances,
     TokenDataset,
     TokenStream,
+    check_one_source,
     read_manifest,
     validation_domains,
     verify_checksums,
@@ -55,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return 1 if Inspection(options).run() else 0
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -74,12 +75,14 @@ class Inspection:
             except ValueError:
                 raise DataError(f"{entry} cannot be read: write PATH=WEIGHT with a number, or PATH alone.") from None
             self.roots.append(localized(path if equals else entry, options.cache, print))
+            check_one_source(self.roots[-1])
         for name, least in (("instances", 0), ("position", 0), ("overlap", 0), ("windows", 0)):
             if getattr(options, name) < least:
                 raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")
         if options.picture is not None and not options.picture.absolute().parent.is_dir():
             raise DataError(f"--picture {options.picture} cannot be written: its folder does not exist.")
         self.problems: list[str] = []
+        self._streams: dict[str, InstanceStream] = {}  # by packing
 
     def run(self) -> list[str]:
         """Print all that was asked for. Returns what is not as it should be."""
@@ -164,6 +167,11 @@ class Inspection:
             print(f"    {share:6.1%} of {decode(ids.tolist())!r} ...")
 
     def _stream(self, packing: str) -> InstanceStream:
+        if packing not in self._streams:
+            self._streams[packing] = self._opened(packing)
+        return self._streams[packing]
+
+    def _opened(self, packing: str) -> InstanceStream:
         length = self.options.sequence_length
         kind: type[PackedDataset] | type[TokenDataset] = PackedDataset if packing == "best_fit" else TokenDataset
         datasets: list[Instances] = [kind(root / "train", length) for root in self.roots]

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
 from data.several_sources import SINGLE_SOURCES, SeveralSources
-from data.shards import DataError
+from data.shards import DataError, host_lock
 from data.sources import Source
 
 WAITING = 3  # exit status of a task that other tasks have to end before
@@ -126,7 +126,13 @@ def run(config: DictConfig) -> None:
     source: Source = chosen.source
     request = TokenizerRequest(chosen.tokenizer, chosen.tokenizer_vocab_size, chosen.eos_token, chosen.model_vocab_size)
     options = PrepareOptions(**{entry.name: getattr(chosen, entry.name) for entry in fields(PrepareOptions)})
-    manifests = prepare(source, request, Path(config.output).expanduser(), options)
+    output = Path(config.output).expanduser()
+
+    def waiting() -> None:
+        print(f"another command prepares output={config.output}: waiting for its end", flush=True)
+
+    with host_lock(output / f"task-{options.task}", waiting):
+        manifests = prepare(source, request, output, options)
     first = next(iter(manifests.values()))
     print(
         f"\n{config.output} is ready (tokenizer {first.tokenizer['name']}, each document ends with id {first.eos_id}):"

@@ -12,7 +12,14 @@ from pathlib import Path
 from data.mixture import InstanceStream, difference
 from data.packing import PackedDataset
 from data.remote import localized
-from data.shards import DataError, Instances, TokenDataset, validation_domains, verify_checksums_once
+from data.shards import (
+    DataError,
+    Instances,
+    TokenDataset,
+    check_one_source,
+    validation_domains,
+    verify_checksums_once,
+)
 from models.config import ConfigError
 from training.config import Config, DataConfig
 
@@ -25,7 +32,9 @@ def open_stream(config: Config, say: Callable[[str], None] = lambda line: None) 
     data = config.data
     datasets: list[Instances] = []
     for path in data.paths:
-        folder = _root(data, path, say) / "train"
+        root = _root(data, path, say)
+        check_one_source(root)
+        folder = root / "train"
         if not folder.is_dir():
             command = f"\n  {data.prepare}" if data.prepare else " scripts/prepare_data.py"
             raise DataError(

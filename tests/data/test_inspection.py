@@ -105,6 +105,15 @@ def test_data_that_contradicts_its_manifest_is_a_problem_each(tmp_path: Path) ->
     ]
 
 
+def test_a_damaged_id_of_four_billion_is_named_and_takes_no_memory(tmp_path: Path) -> None:
+    stream = write(tmp_path, [[1, 2, 3], [4, 5]], vocab_size=70_000)
+    path = tmp_path / "00000.bin"
+    path.write_bytes(b"\xff" * 4 + path.read_bytes()[4:])
+    found = statistics(TokenStream(tmp_path))
+    assert found.problems == ["the id 4294967295 occurs and the tokenizer has 70,000"]
+    assert (found.counts.sum(), len(found.counts)) == (len(stream) - 1, 70_000)
+
+
 def test_a_picture_shows_documents_in_turn_and_padding_apart(tmp_path: Path) -> None:
     rows = np.array([[1, 2, EOS, 4, 5, EOS, 7], [~1, EOS, ~3, EOS, ~EOS, ~EOS, ~EOS]])
     assert document_shades(rows, EOS).tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 1, 1, -1, -1]]

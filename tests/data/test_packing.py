@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,9 +128,38 @@ def test_the_index_is_kept_and_made_again_for_other_data(tmp_path: Path, monkeyp
     (folder / f"packing-{LENGTH}" / "packing.json").unlink()  # interrupted while it was written
     assert PackedDataset(folder, LENGTH, said.append).report == third.report
     assert len(said) == 6
+    for name in ("pieces.bin", "lengths.bin", "ends.bin", "targets.bin"):
+        file = folder / f"packing-{LENGTH}" / name
+        file.write_bytes(file.read_bytes()[:-8])
+        assert PackedDataset(folder, LENGTH, said.append).report == third.report
+        file.unlink()
+        again = PackedDataset(folder, LENGTH, said.append)
+        assert [again[i].tolist() for i in range(len(again))] == [third[i].tolist() for i in range(len(third))]
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(DataError, match=r"cannot write its index .*No space left.*data\.packing=none"):
         PackedDataset(folder, LENGTH + 1)
+
+
+def test_hosts_that_pack_a_shared_folder_at_one_time_do_not_disturb_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write(tmp_path, random_documents(50, 20))
+    pack_block, packed = data.packing._pack_block, []
+
+    def while_another_host_does_it_too(*arguments):
+        if not packed:  # this host is in the middle of it
+            packed.append(None)
+            with monkeypatch.context() as other:
+                other.setattr(os, "uname", lambda: SimpleNamespace(nodename="another"))
+                other.setattr(data.packing, "host_lock", nullcontext)
+                packed[0] = PackedDataset(folder, LENGTH)
+        return pack_block(*arguments)
+
+    monkeypatch.setattr(data.packing, "_pack_block", while_another_host_does_it_too)
+    dataset = PackedDataset(folder, LENGTH)
+    assert dataset.report == packed[0].report
+    assert targets_of(dataset) == targets_of(packed[0])
+    assert sorted(path.name for path in folder.glob("packing*")) == [f"packing-{LENGTH}"]
 
 
 def test_a_last_document_without_eos_is_packed_too(tmp_path: Path) -> None:

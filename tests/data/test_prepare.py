@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -110,6 +111,23 @@ def test_killed_before_any_step_that_lasts_it_continues_to_the_same_bytes(
             shutil.rmtree(output, ignore_errors=True)
     assert kills > 10
     assert contents(output) == expected
+
+
+def test_duplicates_found_in_another_text_before_a_kill_are_not_taken_for_those_of_this(
+    tmp_path: Path, texts: list[str], saved: TokenizerRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    rows = [json.dumps({"title": "the same", "text": text}) + "\n" for text in texts]
+    (tmp_path / "in" / "a.jsonl").write_text("".join(rows))
+    options = PrepareOptions(workers=1, filters=[{"name": "duplicate"}])
+    with monkeypatch.context() as killing:
+        killing.setattr(data.prepare, "_tokenize_job", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            prepare(Files(str(tmp_path / "in"), text_field="title"), saved, tmp_path / "out", options)
+    assert list((tmp_path / "out" / "train").iterdir())
+    manifest = prepare(Files(str(tmp_path / "in")), saved, tmp_path / "out", options)["train"]
+    assert (manifest.documents, manifest.filtered) == (len(texts), {})
+    assert sorted(path.name for path in (tmp_path / "out" / "train").iterdir()) == ["00000", "manifest.json"]
 
 
 def test_finished_parts_are_kept_and_the_others_made_again(

@@ -4,16 +4,19 @@ for all storages."""
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 
 from data import remote
 from data.remote import localized
-from data.shards import DataError, TokenDataset, read_manifest, validation_domains
+from data.shards import DataError, TokenDataset, read_manifest, validation_domains, verify_checksums
 from tests.shards import write_shards
 
 
@@ -77,6 +80,28 @@ def test_an_interrupted_copy_goes_on_with_what_it_lacks(address: str, tmp_path: 
     assert "copying 1 files" in said[0]
     read_manifest(folder / "train")
     assert kept.stat().st_mtime_ns == before
+
+
+def test_hosts_that_copy_into_a_shared_cache_at_one_time_do_not_disturb_each_other(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, others = os.replace, []
+
+    def while_another_host_does_it_too(*arguments: Path) -> None:
+        if not others:  # this host has written a file, and not named it yet
+            others.append(None)
+            with monkeypatch.context() as other:
+                other.setattr(os, "uname", lambda: SimpleNamespace(nodename="another"))
+                other.setattr(remote, "host_lock", nullcontext)
+                others[0], _ = opened(address, tmp_path / "cache")
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", while_another_host_does_it_too)
+    monkeypatch.setattr(remote, "CONNECTIONS", 1)
+    folder, _ = opened(address, tmp_path / "cache")
+    assert folder == others[0]
+    verify_checksums(folder / "train")
+    assert not list(folder.rglob("*.partial"))
 
 
 def test_other_data_at_the_same_address_gets_another_folder(address: str, tmp_path: Path) -> None:

@@ -91,8 +91,21 @@ def test_mistakes_with_files_are_refused_by_name(tmp_path: Path, c4_folder: Path
     with pytest.raises(DataError, match="part_megabytes=0"):
         Files(str(c4_folder), part_megabytes=0).splits()
     write_c4(c4_folder / "validation" / "books.jsonl.gz", ["twice"])
-    with pytest.raises(DataError, match="two domains named books"):
+    with pytest.raises(DataError, match="two domains named books: rename one, or put both in a folder"):
         Files(str(c4_folder)).splits()
+
+
+@pytest.mark.parametrize("held_out", ["c4-validation.00000-of-00008.json.gz", "news_VAL_1.json.gz", "test-0.json.gz"])
+def test_held_out_files_in_the_folder_of_training_are_not_taken_for_it(
+    tmp_path: Path, write_c4: Callable, texts: list[str], held_out: str
+) -> None:
+    write_c4(tmp_path / "en" / "c4-train.00000-of-01024.json.gz", texts[:9])
+    write_c4(tmp_path / "en" / "contests-of-trainers.json.gz", texts[9:20])
+    assert len(texts_of(Files(str(tmp_path / "en")).splits()[-1])) == 20
+    write_c4(tmp_path / "en" / held_out, texts[:3])
+    with pytest.raises(DataError, match=f"holds {held_out} among files of training: name those .* with a glob"):
+        Files(str(tmp_path / "en")).splits()
+    assert len(texts_of(Files(str(tmp_path / "en" / "c*")).splits()[-1])) == 20 + 3 * held_out.startswith("c")
 
 
 @pytest.fixture

@@ -52,6 +52,18 @@ def test_instances_are_shown_with_their_documents_and_the_order_of_a_run(folder,
     assert "% padding" in packed
 
 
+def test_a_packed_mixture_says_once_how_it_is_packed_and_a_folder_that_cannot_be_read_is_named(
+    folder, tmp_path, capsys, monkeypatch
+):
+    copy = shutil.copytree(folder, tmp_path / "corpus")
+    options = ["--sequence-length", "64", "--packing", "best_fit", "--windows", "4", "--instances", "1"]
+    assert main([str(copy), *options]) == 0
+    assert capsys.readouterr().out.count("% padding") == 1
+    monkeypatch.setattr("scripts.inspect_data.read_manifest", lambda path: path.joinpath("tokens").read_bytes())
+    assert main([str(copy)]) == 2
+    assert f"error: [Errno 2] No such file or directory: '{copy}/train/tokens'" in capsys.readouterr().err
+
+
 def test_a_mixture_shows_its_shares_over_windows(folder, tmp_path, capsys):
     other = write_shards(tmp_path / "other", seed=3)
     assert main([f"{folder}=0.7", f"{other}=0.3", *["--sequence-length", "16", "--windows", "25"]]) == 0
@@ -72,6 +84,16 @@ def test_a_damaged_file_and_wrong_counts_are_problems_with_an_exit_status(folder
     assert "7 EOS ids were found and the manifest has 8 documents" in said
     manifest = json.loads((copy / "train" / "manifest.json").read_text())
     assert manifest["documents"] == 60
+
+
+def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsys):
+    for name in ("web", "code"):
+        write_shards(tmp_path / "shards" / name)
+    assert main([str(tmp_path / "shards")]) == 2
+    said = capsys.readouterr()
+    found = f"{tmp_path}/shards/code, {tmp_path}/shards/web"
+    assert said.err == f"error: {tmp_path}/shards holds the shards of several sources: name each, {found}.\n"
+    assert said.out == ""
 
 
 @pytest.mark.parametrize(

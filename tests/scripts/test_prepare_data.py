@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -100,6 +101,30 @@ def test_the_configuration_and_the_help_can_be_shown(script: ModuleType, capsys:
     shown = capsys.readouterr().out
     for word in ("source=files", "max_megabytes", "text_field", "tokens_per_file"):
         assert word in shown
+
+
+def test_the_same_command_given_twice_at_one_time_waits_and_finds_the_work_done(
+    script: ModuleType, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["source=files", f"source.path={text}", "tokenizer=train", "tokenizer_vocab_size=300", "workers=1"]
+    arguments.append(f"output={tmp_path / 'shards'}")
+    prepare, second = script.prepare, threading.Thread(target=lambda: statuses.append(script.main(arguments)))
+    statuses: list[int] = []
+    said: list[str] = []
+
+    def while_the_other_waits(*given):
+        monkeypatch.setattr(script, "prepare", prepare)
+        second.start()
+        while "waiting" not in (said or [""])[-1] and second.is_alive():
+            said.append(capsys.readouterr().out)
+        return prepare(*given)
+
+    monkeypatch.setattr(script, "prepare", while_the_other_waits)
+    statuses.append(script.main(arguments))
+    second.join()
+    assert statuses == [0, 0]
+    assert f"another command prepares output={tmp_path / 'shards'}: waiting for its end" in said[-1]
+    assert "train: finished before" in capsys.readouterr().out
 
 
 def test_an_interruption_says_how_to_continue(
