@@ -79,17 +79,18 @@ class Readers:
         reading = [reader for reader in sorted(self.ways) if reads(reader, layer)]
         if not reading:
             return None
-        block, common = layer // BLOCK_LAYERS, self._common(layer // BLOCK_LAYERS, reads)
+        block = layer // BLOCK_LAYERS
+        common, first = self._common(block, reads), block * BLOCK_LAYERS * slots_per_layer
         if self._partial is None or self._partial[0] != block:
             self._partial = None  # frees the block before
-            first = block * BLOCK_LAYERS * slots_per_layer
             slots = slice(first, min(first + BLOCK_LAYERS * slots_per_layer, keys.shape[0]))
             self._partial = (block, self._sum(common, keys[slots], values[slots], None, self.lse.dtype))
         start = layer * slots_per_layer
         taken = slice(start if all(s in written for s in range(start, slot)) else slot, slot + 1)
-        within = slice(taken.start - block * BLOCK_LAYERS * slots_per_layer, None)
-        within = slice(within.start, within.start + taken.stop - taken.start)
-        partial = None if self._partial[1] is None else (self._partial[1][0][within], self._partial[1][1][within])
+        partial = self._partial[1]
+        if partial is not None:
+            within = slice(taken.start - first, taken.stop - first)
+            partial = (partial[0][within], partial[1][within])
         rest = [reader for reader in reading if reader not in common]
         total = self._sum(rest, keys[taken], values[taken], partial, keys.dtype)
         assert total is not None
