@@ -14,6 +14,7 @@ def _rank(rank, function, world_size, store, arguments):
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     try:
         function(*arguments)
+        torch.distributed.barrier()  # ranks leave together: none closes connections that another still uses
     finally:
         torch.distributed.destroy_process_group()
 
