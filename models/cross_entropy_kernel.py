@@ -34,9 +34,10 @@ def _rows(
     for block in range(blocks):
         column = block * BLOCK + lane
         x = tl.load(logits + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(top, x)
-        total = total * tl.exp(top - higher) + tl.exp(x - higher)
-        top = higher
+        # One exponential, not two: of exp(top - higher) and exp(x - higher) the one is 1.
+        less = tl.exp(-tl.abs(x - top))
+        total = tl.where(x > top, total * less + 1.0, total + less)
+        top = tl.maximum(top, x)
     peak = tl.max(top, 0)
     lse = peak + tl.log(tl.sum(total * tl.exp(top - peak), 0))
     tl.store(lse_out + row, lse)

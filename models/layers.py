@@ -70,7 +70,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, hidden_size] to the same."""
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
+        weights = self.gate_up_proj.weight.chunk(2)
+        biases = (None, None) if self.gate_up_proj.bias is None else self.gate_up_proj.bias.chunk(2)
+        # Two products: the gradient of one product of both would be concatenated, at twice the bytes.
+        gate, up = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return self.down_proj(F.silu(gate) * up)
 
 

@@ -192,7 +192,8 @@ class ParallelConfig:
     # what is computed again in backward: none, selective (all but attention) or full (each block)
     activation_checkpointing: str = "none"
     compile: bool | None = None  # torch.compile of what lies between attention operators (null: on a GPU)
-    reshard_after_forward: bool = True  # FSDP2 frees gathered weights after forward (less memory, more communication)
+    # FSDP2 frees gathered weights after forward: saves 2 bytes a weight of the model, and gathers all of them twice.
+    reshard_after_forward: bool = False
     replicate: int = 1  # copies of the sharded model (HSDP), each over world size / replicate ranks, say a host's
 
     def validate(self, world_size: int) -> None:

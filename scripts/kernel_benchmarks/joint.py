@@ -16,7 +16,7 @@ import torch
 
 import moda
 from moda.backends import BACKENDS
-from scripts.kernel_benchmarks import baselines, paper, timing
+from scripts.kernel_benchmarks import baselines, depth, paper, timing
 
 ROWS = tuple((row.time, row.group, row.slots) for row in paper.TABLE_2)
 OVER_SEQUENCE = ((16384, 8, 64), (65536, 8, 64), (4096, 2, 72))
@@ -38,6 +38,7 @@ class JointBenchmark:
     def __post_init__(self) -> None:
         self._measured: dict[tuple[int, int, int], dict[str, Any]] = {}
         self._sequence_times: dict[tuple[str, int, int], float] = {}  # which do not depend on the slots
+        self._copy_speed: float | None = None
         self._kernels: tuple[list[baselines.SequenceKernel], list[str]] | None = None
 
     def table2(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -63,17 +64,25 @@ class JointBenchmark:
         return self._kernels
 
     def measure(self, time: int, group: int, slots: int, say: Callable[[str], None]) -> dict[str, Any]:
-        """Times in ms: `moda` by backend, `fa2_triton` and `sequence` by kernel; `failed` says what gave none."""
+        """Times in ms: `moda` by backend, `fa2_triton` and `sequence` by kernel; `failed` says what gave none.
+
+        `host`: of the host, to queue a call of auto. `depth_floor_ms`: what the bytes of the depth part take at the
+        speed of a copy, so that the fastest sequence kernel and this are what an implementation can come down to.
+        """
         if (case := (time, group, slots)) in self._measured:
             return self._measured[case]
         row: dict[str, Any] = {"time": time, "group": group, "slots": slots}
-        row |= {"moda": {}, "fa2_triton": {}, "sequence": {}, "failed": {}}
+        row |= {"moda": {}, "fa2_triton": {}, "sequence": {}, "host": {}, "failed": {}}
+        problem = depth.Problem(time, group, slots)
+        moved = sum(depth.bytes_moved(name, problem) for name in ("forward", "gradients"))
+        row["depth_floor_ms"] = 1e3 * moved / self.copy_speed()
         for backend in TIMED_BACKENDS:
             if backend == "auto" or backend in BACKENDS:
-                self._time(row, "moda", backend, partial(self._moda, backend, time, group, slots))
+                self._time(row, "moda", backend, partial(self._time_moda, backend, time, group, slots))
         for kernel in self.kernels()[0]:
             column = "fa2_triton" if kernel.is_fa2_triton else "sequence"
             self._time(row, column, kernel.name, partial(self._sequence, kernel, time, group))
+        self._time(row, "host", "auto", lambda: timing.host_milliseconds(self._moda("auto", time, group, slots)))
         self._measured[case] = row
         fastest = {name: f"{min(row[name].values()):.3f}" for name in ("moda", "fa2_triton", "sequence") if row[name]}
         say(f"T={time} G={group} L={slots}, fastest in ms: {fastest}")
@@ -92,13 +101,21 @@ class JointBenchmark:
         heads = (group * paper.KV_HEADS, paper.KV_HEADS, paper.KV_HEADS, group * paper.KV_HEADS)
         return [_random(generator, 1, time, number, paper.HEAD_DIM) for number in heads]
 
-    def _moda(self, backend: str, time: int, group: int, slots: int) -> float:
+    def copy_speed(self) -> float:
+        """`timing.copy_speed`, once."""
+        if self._copy_speed is None:
+            self._copy_speed = timing.copy_speed()
+            timing.free()
+        return self._copy_speed
+
+    def _time_moda(self, backend: str, time: int, group: int, slots: int) -> float:
+        return timing.milliseconds(self._moda(backend, time, group, slots))
+
+    def _moda(self, backend: str, time: int, group: int, slots: int) -> baselines.Run:
         q, k, v, do = self._inputs(time, group, 0)
         generator = torch.Generator("cuda").manual_seed(1)
-        depth = [_random(generator, slots, *k.shape) for _ in range(2)]
-        return timing.milliseconds(
-            baselines.through_autograd(lambda *x: moda.attention(*x, backend=backend), (q, k, v, *depth), do)
-        )
+        pair = [_random(generator, slots, *k.shape) for _ in range(2)]
+        return baselines.through_autograd(lambda *x: moda.attention(*x, backend=backend), (q, k, v, *pair), do)
 
     def _sequence(self, kernel: baselines.SequenceKernel, time: int, group: int) -> float:
         if (case := (kernel.name, time, group)) not in self._sequence_times:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 PACKAGES = ("torch", "triton", "flash-linear-attention", "fla-core", "flash-attn-4", "flash-attn")
-HEAD_START_CYCLES = 10_000_000  # some 5 ms in which the host queues calls, so that its own time is hidden
+CYCLES_PER_MS = 2_000_000  # of the device, about; a slower clock sleeps longer
+MOST_HIDDEN_MS = 50.0  # of host time before a call: more is that of a kernel that is being built
 MAX_ROTATION = 8
 COPY_BYTES = 2**31
 
@@ -22,20 +23,35 @@ COPY_BYTES = 2**31
 def milliseconds(*calls: Callable[[], object], budget_ms: float = 250, most: int = 25) -> float:
     """Median time of a call on the present CUDA device, in ms; several calls are taken in turn (`rotation`).
 
-    Warms up, then repeats for about `budget_ms`: at least 5 times, at most `most` times.
+    Time of the device: the host queues a call while the device sleeps, as it would in a long queue or a CUDA graph.
+    What the host takes is `host_milliseconds`. Warms up, then repeats for about `budget_ms`: at least 5 times, at most
+    `most` times.
     """
     for index in range(max(2, len(calls))):
         calls[index % len(calls)]()
-    once = _elapsed(calls, 1)[0]
+    hidden = min(MOST_HIDDEN_MS, 1.5 * host_milliseconds(*calls) + 0.1)
+    once = _elapsed(calls, 1, hidden)[0]
     repeats = min(most, max(5, math.ceil(budget_ms / max(once, 1e-3))))
-    return statistics.median(_elapsed(calls, repeats))
+    return statistics.median(_elapsed(calls, repeats, hidden))
 
 
-def _elapsed(calls: tuple[Callable[[], object], ...], repeats: int) -> list[float]:
+def host_milliseconds(*calls: Callable[[], object], repeats: int = 5) -> float:
+    """Median time that the host takes to queue a call on an idle device, in ms."""
+    taken = []
+    for index in range(repeats):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        calls[index % len(calls)]()
+        taken.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return statistics.median(taken)
+
+
+def _elapsed(calls: tuple[Callable[[], object], ...], repeats: int, hidden_ms: float) -> list[float]:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     torch.cuda.synchronize()
-    torch.cuda._sleep(HEAD_START_CYCLES)
     for index, (begin, end) in enumerate(events):
+        torch.cuda._sleep(int(hidden_ms * CYCLES_PER_MS))
         begin.record()
         calls[index % len(calls)]()
         end.record()

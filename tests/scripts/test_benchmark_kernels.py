@@ -36,7 +36,14 @@ BEGIN, END = page.SECTION.begin, page.SECTION.end
 
 def joint_row(time, group, slots, auto=8.0):
     row = {"time": time, "group": group, "slots": slots, "moda": {"auto": auto, "joined": auto + 0.5}}
-    return row | {"fa2_triton": {"flash-linear-attention": 10.0}, "sequence": {"cuDNN": 5.0}, "failed": {}}
+    return (
+        row
+        | {"fa2_triton": {"flash-linear-attention": 10.0}, "sequence": {"cuDNN": 5.0}, "failed": {}}
+        | {
+            "depth_floor_ms": 0.5,
+            "host": {"auto": 0.8},
+        }
+    )
 
 
 def some_results():
@@ -226,13 +233,17 @@ def test_one_kernel_that_fails_does_not_hide_the_others(monkeypatch):
         raise RuntimeError("out of memory. Tried to\nallocate")
 
     monkeypatch.setattr(joint.baselines, "find", lambda _: ([baselines.SequenceKernel("K", fails)], []))
-    monkeypatch.setattr(joint.JointBenchmark, "_moda", lambda *_: 2.0)
-    monkeypatch.setattr(joint.timing, "milliseconds", lambda *calls: 1.0)
+    monkeypatch.setattr(joint.JointBenchmark, "_moda", lambda *_: lambda: None)
+    monkeypatch.setattr(joint.timing, "milliseconds", lambda *calls: 2.0)
+    monkeypatch.setattr(joint.timing, "host_milliseconds", lambda *calls: 0.3)
+    monkeypatch.setattr(joint.timing, "copy_speed", lambda: 4e12)
     monkeypatch.setattr(joint.JointBenchmark, "_inputs", staticmethod(lambda *_: (1, 2)))
     monkeypatch.setattr(joint.timing, "cache_bytes", lambda: 1)
     said = []
     row = joint.JointBenchmark().measure(64, 2, 1, said.append)
     assert row["moda"]["auto"] == 2.0
+    assert row["host"]["auto"] == 0.3
+    assert row["depth_floor_ms"] == pytest.approx(1e3 * (8 * 131072 + 6 * 65536 + 4 * 4096) / 4e12)
     assert row["sequence"] == {}
     assert row["failed"]["K"] == "out of memory. Tried to"
     assert len(said) == 1
@@ -245,7 +256,7 @@ def test_tables_show_figures_ratios_and_failures():
     assert first.split(" | ")[3:] == ["10.0", "6.000", "6.500", "0.60", "1.35", "5.000", "+20.0 % |"]
     assert "T=65536, G=8, L=64, flash (PyTorch) failed: out of memory." in shown
     assert "flash-attn-4 was left out: not installed." in shown
-    assert "| 16384 | 8 | 64 | cuDNN 5.000 | 8.000 | +3.000 | +60.0 % |" in tables.render(
+    assert "| 16384 | 8 | 64 | cuDNN 5.000 | 8.000 | +3.000 | +60.0 % | 0.500 | +10.0 % | 0.800 |" in tables.render(
         "over-sequence", parts["over-sequence"]
     )
     assert "1.000 ms, 4.10 TB/s (96 %), 32 readers" in tables.render("depth", parts["depth"])
@@ -269,6 +280,7 @@ def test_goals_are_met_below_or_above_their_limit():
     found = {goal.what: goal for goal in goals.goals(parts)}
     assert found["auto ÷ FA2-Triton, T=4096, G=8, L=64"].met
     assert found["auto ÷ FA2-Triton, T=16384, G=8, L=256"].limit == 0.80
+    assert found["auto ÷ FA2-Triton, T=16384, G=8, L=256"].floor == pytest.approx((5.0 + 0.5) / 10.0)
     assert not found["auto over the fastest sequence attention, T=65536, G=8, L=64"].met
     assert found["forward, 16384 tokens, G=2"].met
     assert not found["depth work of a 700M step"].met
