@@ -21,6 +21,7 @@ pool that the next pass takes it from. Without gradients, nothing but slots is k
 from __future__ import annotations
 
 import itertools
+import math
 import weakref
 from dataclasses import dataclass, field
 
@@ -45,10 +46,13 @@ class _Lease:
     operations: int = 0  # writes and reads of the forward pass so far
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
+    aliases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # slot: its K and V, without their graph
+    spent: float = math.inf  # slots from this one on hold sums of gradients
     readers: dict[int, Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
 
-    def storage(self) -> tuple[Tensor, Tensor]:
-        if self.keys is None or self.values is None:
+    def storage(self, slots: int = 0) -> tuple[Tensor, Tensor]:
+        """All keys and values, of which the first `slots` slots must hold what was written."""
+        if self.keys is None or self.values is None or slots > self.spent:
             raise RuntimeError(
                 "The depth stream's storage was freed by an earlier backward pass through this graph: "
                 "call backward(retain_graph=True) there to go through it again."
@@ -70,6 +74,17 @@ class _Lease:
     def finished_readers(self) -> Readers | None:
         """Those of the present backward pass, None before its first read."""
         return self.readers.get(torch._C._current_graph_task_id())
+
+    def spare(self, first: int, stop: int, dtype: torch.dtype) -> Gradients:
+        """Room for two sums in `dtype` where the slots first..stop-1 were, for which nobody has use any more.
+
+        What has saved those slots for a backward of its own will raise there.
+        """
+        self.spent = min(self.spent, first)
+        for slot in range(first, stop):
+            torch.autograd.graph.increment_version(self.aliases.get(slot, ()))
+        keys, values = (x[first:stop].view(-1).view(dtype).view(-1, *x.shape[1:]) for x in self.storage())
+        return keys, values
 
     def end_backward(self) -> None:
         """The whole graph has been gone through: free the slots unless the graph is kept."""
@@ -157,9 +172,10 @@ class DepthStream:
     def nbytes(self) -> int:
         """Bytes that the live passes hold: slots, and what readers have left for pulled gradients."""
         leases = list(self._leases.values())
-        slots = [tensor for lease in leases for tensor in (lease.keys, lease.values) if tensor is not None]
-        left = [readers.nbytes for lease in leases for readers in list(lease.readers.values())]
-        return sum(tensor.untyped_storage().nbytes() for tensor in slots) + sum(left)
+        held = [tensor for lease in leases for tensor in (lease.keys, lease.values) if tensor is not None]
+        held += [tensor for lease in leases for readers in list(lease.readers.values()) for tensor in readers.held]
+        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in held}
+        return sum(storage.nbytes() for storage in storages.values())
 
     def read_ranges(self, layer: int) -> list[tuple[int, int]]:
         """Slots that `layer` reads, as half-open ranges in rising order."""
@@ -190,9 +206,9 @@ class DepthStream:
     def write(self, handle: Tensor, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write k, v [batch, time, kv_heads, head_dim] to a slot of `layer` (0: attention, 1: FFN).
 
-        Returns k and v as they stand in the slot, for sequence attention to read (never to be changed in place), and
-        the next handle. Their backward returns the gradients that reach them by the sequence and by every layer that
-        has read the slot.
+        Returns k and v as they stand in the slot, for sequence attention to read (never to be changed in place; their
+        values last until a backward pass has gone by that does not retain the graph), and the next handle. Their
+        backward returns the gradients that reach them by the sequence and by every layer that has read the slot.
 
         Raises ValueError for shapes, dtypes or numbers that do not fit the stream, RuntimeError for a handle that is
         not the newest of its pass or a slot that is written already.
@@ -289,7 +305,7 @@ class DepthStream:
 
 def _slots(stream: DepthStream, lease: _Lease, layer: int) -> reference.Slots:
     """Keys and values that `layer` reads, a pair a range."""
-    keys, values = lease.storage()
+    keys, values = lease.storage(layer * stream.slots_per_layer)
     return [(keys[start:stop], values[start:stop]) for start, stop in stream.read_ranges(layer)]
 
 
@@ -298,7 +314,11 @@ def _pull(stream: DepthStream, lease: _Lease, layer: int, slot: int) -> Gradient
     readers = lease.finished_readers()
     if readers is None:
         return None
-    return readers.pull(layer, slot, lease.written, *lease.storage(), stream.slots_per_layer, stream.reads)
+    retained = torch._C._autograd._get_current_graph_task_keep_graph()
+    alone = len(lease.readers) == 1  # a backward pass within this one, or of another thread, may need all slots
+    spare = lease.spare if alone and not retained else None
+    storage = lease.storage(slot + 1)
+    return readers.pull(layer, slot, lease.written, *storage, stream.slots_per_layer, stream.reads, spare)
 
 
 class _Start(torch.autograd.Function):
@@ -327,6 +347,7 @@ class _Write(torch.autograd.Function):
         slot_k.copy_(k)
         slot_v.copy_(v)
         lease.written.add(slot)
+        lease.aliases[slot] = (slot_k.detach(), slot_v.detach())
         ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape
         return slot_k, slot_v, _next_handle(handle, lease)
 

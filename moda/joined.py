@@ -104,12 +104,20 @@ def reader_backward(
 
 
 def pull(
-    readers: Readers, layers: range, k: Tensor, v: Tensor, scale: float, partial: Gradients | None, dtype: torch.dtype
+    readers: Readers,
+    layers: range,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    partial: Gradients | None,
+    dtype: torch.dtype,
+    out: Gradients | None = None,
 ) -> Gradients:
-    """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`."""
+    """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`, and in
+    the memory of `out` if it is given."""
     from moda.kernels import depth
 
-    dk, dv = (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
+    dk, dv = out or (torch.empty(k.shape, dtype=dtype, device=k.device) for _ in range(2))
     given = {} if partial is None else {"partial_dk": partial[0], "partial_dv": partial[1]}
     depth.depth_backward_slots(
         readers.addresses, readers.lse, readers.delta, layers.start, layers.stop, k, v, dk, dv, scale, **given

@@ -5,7 +5,8 @@ gradients of a layer's slots, summed over the layers that have read them.
 
 The pull is blocked. Every slot of BLOCK_LAYERS neighbouring layers has the layers above the block as readers in common.
 They are gone through once for all those slots, when the first of them is asked for, into partial sums in fp32; after
-that a layer adds the few readers inside its own block. That reads a reader 1 / BLOCK_LAYERS times as often.
+that a layer adds the few readers inside its own block. That reads a reader 1 / BLOCK_LAYERS times as often. The sums
+lie where the slots of the layers above were, which nobody reads again, unless the graph is retained.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = tuple[Tensor, Tensor]  # dk, dv [slots, batch, time, kv_heads, head_dim]
+Spare = Callable[[int, int, torch.dtype], Gradients]  # room for sums in a dtype where a range of slots was
 
 BLOCK_LAYERS = 4  # of two slots each, half of what a program of the kernel can hold; more would cost more in partials
 
@@ -28,6 +31,14 @@ class Way:
 
     scale: float
     operations: ModuleType
+
+
+class Partial(NamedTuple):
+    """Of the block that is being gone through: its number, the readers that its sums have in them, the sums."""
+
+    block: int
+    readers: list[int]
+    sums: Gradients | None  # None without readers
 
 
 class Readers:
@@ -44,7 +55,7 @@ class Readers:
         self.addresses = torch.empty(num_layers, 2, dtype=torch.int64, device=lse.device)
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}  # layer: q, do [batch, time, query_heads, head_dim]
         self.ways: dict[int, Way] = {}
-        self._partial: tuple[int, Gradients | None] | None = None  # of the block that is being gone through: its number
+        self._partial: Partial | None = None
         self._along: dict[int, Gradients] = {}  # slot: gradients that the pull of a later slot took along
 
     def keep(self, layer: int, q: Tensor, do: Tensor) -> None:
@@ -52,11 +63,10 @@ class Readers:
         self.tensors[layer] = (q, do)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held, of q and do too."""
-        held = [self.lse, self.delta, self.addresses, *(self._partial[1] or () if self._partial else ())]
-        held += [tensor for pair in self.tensors.values() for tensor in pair]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+    def held(self) -> list[Tensor]:
+        """All tensors that live as long as this, q and do too."""
+        sums = self._partial.sums or () if self._partial else ()
+        return [self.lse, self.delta, self.addresses, *sums, *(x for pair in self.tensors.values() for x in pair)]
 
     def pull(
         self,
@@ -67,12 +77,15 @@ class Readers:
         values: Tensor,
         slots_per_layer: int,
         reads: Callable[[int, int], bool],
+        spare: Spare | None,
     ) -> Gradients | None:
         """dk, dv of one slot [batch, time, kv_heads, head_dim], in its dtype; None when no finished layer has read it.
 
         `slot` counts over all layers, `written` are the slots of the pass, `keys`, `values` all its storage and
-        `reads(reader, layer)` says who reads whom. The slots of a layer have the same readers: the first one asked for,
-        which is the last one written, takes those before it along.
+        `reads(reader, layer)` says who reads whom. `spare` makes room for partial sums where slots were that nobody
+        will read; None: somebody may.
+        The slots of a layer have the same readers: the first one asked for, which is the last one written, takes those
+        before it along.
         """
         if slot in self._along:
             return self._along.pop(slot)
@@ -80,19 +93,26 @@ class Readers:
         if not reading:
             return None
         block = layer // BLOCK_LAYERS
-        common, first = self._common(block, reads), block * BLOCK_LAYERS * slots_per_layer
-        if self._partial is None or self._partial[0] != block:
+        first = block * BLOCK_LAYERS * slots_per_layer
+        if self._partial is None or self._partial.block != block:
             self._partial = None  # frees the block before
             slots = slice(first, min(first + BLOCK_LAYERS * slots_per_layer, keys.shape[0]))
-            self._partial = (block, self._sum(common, keys[slots], values[slots], None, self.lse.dtype))
+            common, room = self._common(block, reads), None
+            needed = (slots.stop - first) * self.lse.dtype.itemsize // keys.dtype.itemsize
+            if slots.stop + needed > keys.shape[0]:
+                common = []  # so few layers lie above that their readers are gone through again, for want of room
+            elif common and spare is not None:
+                room = spare(slots.stop, slots.stop + needed, self.lse.dtype)
+            sums = self._sum(common, keys[slots], values[slots], None, self.lse.dtype, room)
+            self._partial = Partial(block, common, sums)
         start = layer * slots_per_layer
         taken = slice(start if all(s in written for s in range(start, slot)) else slot, slot + 1)
-        partial = self._partial[1]
+        partial = self._partial.sums
         if partial is not None:
             within = slice(taken.start - first, taken.stop - first)
             partial = (partial[0][within], partial[1][within])
-        rest = [reader for reader in reading if reader not in common]
-        total = self._sum(rest, keys[taken], values[taken], partial, keys.dtype)
+        rest = [reader for reader in reading if reader not in self._partial.readers]
+        total = self._sum(rest, keys[taken], values[taken], partial, keys.dtype, None)
         assert total is not None
         for index in range(taken.start, slot):
             self._along[index] = (total[0][index - taken.start], total[1][index - taken.start])
@@ -104,9 +124,16 @@ class Readers:
         return [r for r in sorted(self.ways) if r >= layers.stop and all(reads(r, layer) for layer in layers)]
 
     def _sum(
-        self, layers: list[int], k: Tensor, v: Tensor, partial: Gradients | None, dtype: torch.dtype
+        self,
+        layers: list[int],
+        k: Tensor,
+        v: Tensor,
+        partial: Gradients | None,
+        dtype: torch.dtype,
+        out: Gradients | None,
     ) -> Gradients | None:
-        """Gradients of slots k, v from some layers' readers and a partial sum; None when there is neither."""
+        """Gradients of slots k, v from some layers' readers and a partial sum, in `out` if it is given; None when there
+        is neither."""
         runs = list(self._runs(layers))
         if not runs and partial is None:
             return None
@@ -115,7 +142,8 @@ class Readers:
             runs = [(range(last, last), self.ways[last])]  # of no reader: the partial sum, in the dtype asked for
         for index, (run, way) in enumerate(runs):
             ends = index == len(runs) - 1
-            partial = way.operations.pull(self, run, k, v, way.scale, partial, dtype if ends else self.lse.dtype)
+            wanted = (dtype, out) if ends else (self.lse.dtype, None)
+            partial = way.operations.pull(self, run, k, v, way.scale, partial, *wanted)
         return partial
 
     def _runs(self, layers: list[int]) -> Iterator[tuple[range, Way]]:

@@ -226,15 +226,25 @@ def reader_backward(
 
 
 def pull(
-    readers: Readers, layers: range, k: Tensor, v: Tensor, scale: float, partial: Gradients | None, dtype: torch.dtype
+    readers: Readers,
+    layers: range,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    partial: Gradients | None,
+    dtype: torch.dtype,
+    out: Gradients | None = None,
 ) -> Gradients:
-    """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`."""
+    """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`, and in
+    the memory of `out` if it is given."""
     total = partial or tuple(torch.zeros_like(x, dtype=readers.lse.dtype) for x in (k, v))
     for layer in layers:
         q, do = readers.tensors[layer]
         read = depth_backward_slots(do, q, k, v, readers.lse[layer], readers.delta[layer], scale)
         total = (total[0] + read[0], total[1] + read[1])
-    return total[0].to(dtype), total[1].to(dtype)
+    if out is None:
+        return total[0].to(dtype), total[1].to(dtype)
+    return out[0].copy_(total[0]), out[1].copy_(total[1])
 
 
 def _joint_backward(

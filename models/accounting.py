@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 import moda
-from moda.readers import BLOCK_LAYERS
 from models.config import ModelConfig
 from models.cross_entropy import chunk_tokens
 from models.decoder import Decoder
@@ -204,13 +203,12 @@ def memory(
 
     activations, of_one = of_layers(activation_checkpointing)
     recomputed = 0 if activation_checkpointing == "none" else of_layers("none")[1] - of_one
-    kv = tokens * config.num_kv_heads * config.head_dim
     # At the end of backward every layer has left q, do, lse and delta for the slots below it.
     reader = tokens * config.num_heads * (2 * config.head_dim * width + 8) if config.depth_kv else 0
     # Gradients of gate, up and their product, and of three tensors of the residual stream; of the block's weights, and
-    # again in fp32 to be reduced; the blocked pull's partial sums.
+    # again in fp32 to be reduced.
     block = tokens * (3 * config.intermediate_size + 3 * config.hidden_size) * width
-    block += block_parameters * (width + 4) + 2 * BLOCK_LAYERS * config.slots_per_layer * kv * 4
+    block += block_parameters * (width + 4)
     at_a_time = 2 * block_parameters if reshard_after_forward else parameters - root_parameters
     return Memory(
         weights=shard,

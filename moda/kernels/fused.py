@@ -21,6 +21,8 @@ from torch import Tensor
 from moda.kernels import fused_backward, fused_forward
 from moda.kernels.depth import MAX_GROUP
 
+CACHE_BYTES = 2**25  # of what the pairs that take turns go through: an H100's L2 holds 50 MB, an A100's 40
+
 
 class Tiles(NamedTuple):
     """How a kernel is launched."""
@@ -51,6 +53,14 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     """How to launch a kernel, "forward", "depth", "query" or "keys", for a head_dim and dtype."""
     table = FULL if dtype == torch.float32 else HALF
     return next(launch for dims, launch in table[kernel] if head_dim <= dims)
+
+
+def taking_turns(pairs: int, nbytes: int) -> int:
+    """How many pairs of sequence and kv head go through tensors of `nbytes` each at a time; it divides `pairs`.
+
+    Several short ones fill the device; long ones would push each other's tensors out of the cache.
+    """
+    return next(n for n in range(min(pairs, max(1, CACHE_BYTES // nbytes)), 0, -1) if pairs % n == 0)
 
 
 def document_bounds(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +112,7 @@ def joint_forward(
             o,
             lse,
             batch * kv_heads,
+            taking_turns(batch * kv_heads, 2 * key_time * head_dim * k.element_size()),
             kv_heads,
             time,
             key_time,
@@ -161,7 +172,7 @@ def sequence_backward(
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     pairs = batch * kv_heads
-    sizes = (pairs, kv_heads, time, key_time, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale)
+    sizes = (kv_heads, time, key_time, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale)
     shape = {
         "G": group,
         "D": head_dim,
@@ -179,6 +190,8 @@ def sequence_backward(
             lse,
             delta,
             dq,
+            pairs,
+            taking_turns(pairs, 2 * key_time * head_dim * k.element_size()),
             *sizes,
             **shape,
             BLOCK_M=query_launch.rows,
@@ -196,6 +209,8 @@ def sequence_backward(
             delta,
             dk,
             dv,
+            pairs,
+            taking_turns(pairs, 2 * time * group * head_dim * q.element_size()),
             *sizes,
             **shape,
             BLOCK_M=keys_launch.rows,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moda.kernels.depth_query import LOG2E
-from moda.kernels.fused_forward import key_ranges, split_rows
+from moda.kernels.fused_forward import key_ranges, split_rows, tile_of_program
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def query_gradients(
     return dq
 
 
-@triton.jit(do_not_specialize=["time", "key_time"])
+@triton.jit(do_not_specialize=["time", "key_time", "together"])
 def backward_query(
     do,  # [batch, time, kv_heads * G, D], contiguous
     q,  # [batch, time, kv_heads * G, D], any strides
@@ -81,6 +81,7 @@ def backward_query(
     delta,  # [batch, time, kv_heads * G], out
     dq,  # [batch, time, kv_heads * G, D], contiguous, out
     pairs,  # batch * kv_heads
+    together,  # pairs that take turns; divides them
     kv_heads,
     time,
     key_time,
@@ -103,8 +104,8 @@ def backward_query(
     DOCUMENTS: tl.constexpr,
 ):
     ALIGNED: tl.constexpr = BLOCK_M % G == 0
-    pair = tl.program_id(0) % pairs
-    first = (tl.num_programs(0) // pairs - 1 - tl.program_id(0) // pairs) * BLOCK_M  # the longest tiles first
+    pair, tile, tiles = tile_of_program(pairs, together)
+    first = (tiles - 1 - tile) * BLOCK_M  # the longest tiles first
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     first_token = first // G
     offset = key_time - time
@@ -210,7 +211,7 @@ def key_gradients(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["time", "key_time"])
+@triton.jit(do_not_specialize=["time", "key_time", "together"])
 def backward_keys(
     do,  # [batch, time, kv_heads * G, D], contiguous
     q,  # [batch, time, kv_heads * G, D], any strides
@@ -222,6 +223,7 @@ def backward_keys(
     dk,  # [batch, key_time, kv_heads, D], contiguous, out
     dv,
     pairs,  # batch * kv_heads
+    together,  # pairs that take turns; divides them
     kv_heads,
     time,
     key_time,
@@ -243,8 +245,8 @@ def backward_keys(
     STAGES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
-    pair = tl.program_id(0) % pairs
-    first = tl.program_id(0) // pairs * BLOCK_N  # the first keys have the most queries: they come first
+    pair, tile, _ = tile_of_program(pairs, together)
+    first = tile * BLOCK_N  # the first keys have the most queries: they come first
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     offset = key_time - time
     j, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)

@@ -17,6 +17,18 @@ LOWEST = tl.constexpr(-3.0e38)  # a maximum over nothing; finite, so that its di
 
 
 @triton.jit
+def tile_of_program(pairs, together):
+    """Pair of sequence and kv head, and number of the tile within it, of this program, and the tiles of a pair.
+
+    `together` pairs, whose tensors fit the cache at a time, take turns; they come to an end before the next ones begin.
+    """
+    tiles = tl.num_programs(0) // pairs
+    program = tl.program_id(0)
+    turn, within = program // (together * tiles), program % (together * tiles)
+    return turn * together + within % together, within // together, tiles
+
+
+@triton.jit
 def split_rows(first, i, G: tl.constexpr, ALIGNED: tl.constexpr):
     """Token, counted from that of row `first`, and head within the group, of the rows first + i.
 
@@ -155,7 +167,7 @@ def attend_keys(
     return acc, m, total
 
 
-@triton.jit(do_not_specialize=["slots", "time", "key_time"])
+@triton.jit(do_not_specialize=["slots", "time", "key_time", "together"])
 def forward(
     q,  # [batch, time, kv_heads * G, D], any strides
     k,  # [batch, key_time, kv_heads, D], any strides
@@ -166,6 +178,7 @@ def forward(
     o,  # [batch, time, kv_heads * G, D], out
     lse,  # [batch, kv_heads * G, time], out
     pairs,  # batch * kv_heads
+    together,  # pairs that take turns; divides them
     kv_heads,
     time,
     key_time,
@@ -193,9 +206,9 @@ def forward(
     DOCUMENTS: tl.constexpr,
 ):
     ALIGNED: tl.constexpr = BLOCK_M % G == 0
-    # The last tiles of all heads, the longest ones, come first: short ones fill the gaps at the end.
-    pair = tl.program_id(0) % pairs
-    first = (tl.num_programs(0) // pairs - 1 - tl.program_id(0) // pairs) * BLOCK_M
+    # The last tiles, the longest ones, come first: short ones fill the gaps at the end.
+    pair, tile, tiles = tile_of_program(pairs, together)
+    first = (tiles - 1 - tile) * BLOCK_M
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
     first_token = first // G
     offset = key_time - time

@@ -208,6 +208,54 @@ def test_memory_kept_for_backward_grows_linearly_with_depth():
     assert at_24 / at_12 <= 2.1
 
 
+def test_partial_sums_lie_where_slots_were_that_nobody_reads_again():
+    held = {}
+    for retained in (False, True):
+        stack, x, most = Stack(num_layers=4 * BLOCK_LAYERS), random_input(), [0]
+        stream = stack.stream(x)
+        out = stack(x, stream)
+        for layer in stack.layers:  # every layer's weights get their gradients when its readers' are summed up
+            layer.kv.weight.register_hook(lambda g, s=stream, m=most: m.__setitem__(0, max(m[0], s.nbytes)))
+        loss_of(out).backward(retain_graph=retained)
+        held[retained] = most[0]
+    batch, time, kv_heads, head_dim = stream.slot_shape
+    sums = 2 * BLOCK_LAYERS * stream.slots_per_layer * batch * time * kv_heads * head_dim * 8
+    assert held[True] - held[False] == sums
+
+
+def test_a_slot_saved_elsewhere_raises_once_sums_lie_where_it_was():
+    stack, x, saved = Stack(num_layers=3 * BLOCK_LAYERS), random_input(), []
+    stream = stack.stream(x)
+    write = stream.write
+
+    def keeping(*arguments):
+        saved.append(write(*arguments))
+        return saved[-1]
+
+    stream.write = keeping
+    loss = loss_of(stack(x, stream))
+    key = saved[2 * BLOCK_LAYERS][0].detach().requires_grad_()
+    norm = key.square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="inplace"):
+        norm.backward()
+
+
+def test_gradients_of_later_layers_are_refused_once_their_slots_are_spent():
+    stack, x, early = Stack(num_layers=4 * BLOCK_LAYERS - 1), random_input(), []  # the last slots are left alone
+
+    def call(block, x, handle, stream, layer):
+        x, handle = block(x, handle, stream, layer)
+        if layer == 3 * BLOCK_LAYERS:
+            early.append(x)
+        return x, handle
+
+    loss = loss_of(stack(x, call=call))
+    torch.autograd.grad(loss_of(early[0]), stack.layers[0].q.weight)  # does not come to the start of the pass
+    with pytest.raises(RuntimeError, match="freed by an earlier backward"):
+        torch.autograd.grad(loss, stack.layers[-1].q.weight)
+
+
 def test_no_operator_returns_a_gradient_for_another_layers_slot():
     stack = Stack()
     out = stack(random_input())
