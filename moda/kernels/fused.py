@@ -21,7 +21,9 @@ from torch import Tensor
 from moda.kernels import fused_backward, fused_forward
 from moda.kernels.depth import MAX_GROUP
 
-CACHE_BYTES = 2**25  # of what the pairs that take turns go through: an H100's L2 holds 50 MB, an A100's 40
+# Pairs of sequence and kv head take turns in a kernel, as many at a time as fit the cache and at least so many that
+# there are PROGRAMS of them. The fastest of 2**23 to 2**26 and "all at once" on an H100, whose L2 holds 50 MB.
+CACHE_BYTES, PROGRAMS = 2**23, 256
 
 
 class Tiles(NamedTuple):
@@ -55,12 +57,13 @@ def tiles(kernel: str, head_dim: int, dtype: torch.dtype) -> Tiles:
     return next(launch for dims, launch in table[kernel] if head_dim <= dims)
 
 
-def taking_turns(pairs: int, nbytes: int) -> int:
-    """How many pairs of sequence and kv head go through tensors of `nbytes` each at a time; it divides `pairs`.
+def taking_turns(pairs: int, tiles: int, nbytes: int) -> int:
+    """How many pairs of sequence and kv head, of `tiles` programs each, go through `nbytes` each at a time.
 
-    Several short ones fill the device; long ones would push each other's tensors out of the cache.
+    It divides `pairs`. Few leave the device idle; many push each other's tensors out of the cache.
     """
-    return next(n for n in range(min(pairs, max(1, CACHE_BYTES // nbytes)), 0, -1) if pairs % n == 0)
+    wanted = min(pairs, max(CACHE_BYTES // nbytes, triton.cdiv(PROGRAMS, tiles)))
+    return next(n for n in range(max(1, wanted), pairs + 1) if pairs % n == 0)
 
 
 def document_bounds(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
@@ -101,8 +104,9 @@ def joint_forward(
     starts = k if cu_seqlens is None else document_bounds(cu_seqlens, batch, time)[0]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, query_heads, time, dtype=torch.float32, device=q.device)
+    pairs, row_tiles = batch * kv_heads, triton.cdiv(time * group, launch.rows)
     with torch.cuda.device_of(q):
-        fused_forward.forward[(batch * kv_heads * triton.cdiv(time * group, launch.rows),)](
+        fused_forward.forward[(pairs * row_tiles,)](
             q,
             k,
             v,
@@ -111,8 +115,8 @@ def joint_forward(
             starts,
             o,
             lse,
-            batch * kv_heads,
-            taking_turns(batch * kv_heads, 2 * key_time * head_dim * k.element_size()),
+            pairs,
+            taking_turns(pairs, row_tiles, 2 * key_time * head_dim * k.element_size()),
             kv_heads,
             time,
             key_time,
@@ -171,7 +175,8 @@ def sequence_backward(
     starts, ends = (k, k) if cu_seqlens is None else document_bounds(cu_seqlens, batch, time)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-    pairs = batch * kv_heads
+    pairs, row_tiles = batch * kv_heads, triton.cdiv(time * group, query_launch.rows)
+    key_tiles = triton.cdiv(key_time, keys_launch.keys)
     sizes = (kv_heads, time, key_time, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], scale)
     shape = {
         "G": group,
@@ -180,7 +185,7 @@ def sequence_backward(
         "DOCUMENTS": cu_seqlens is not None,
     }
     with torch.cuda.device_of(q):
-        fused_backward.backward_query[(pairs * triton.cdiv(time * group, query_launch.rows),)](
+        fused_backward.backward_query[(pairs * row_tiles,)](
             do,
             q,
             k,
@@ -191,7 +196,7 @@ def sequence_backward(
             delta,
             dq,
             pairs,
-            taking_turns(pairs, 2 * key_time * head_dim * k.element_size()),
+            taking_turns(pairs, row_tiles, 2 * key_time * head_dim * k.element_size()),
             *sizes,
             **shape,
             BLOCK_M=query_launch.rows,
@@ -199,7 +204,7 @@ def sequence_backward(
             STAGES=query_launch.stages,
             num_warps=query_launch.warps,
         )
-        fused_backward.backward_keys[(pairs * triton.cdiv(key_time, keys_launch.keys),)](
+        fused_backward.backward_keys[(pairs * key_tiles,)](
             do,
             q,
             k,
@@ -210,7 +215,7 @@ def sequence_backward(
             dk,
             dv,
             pairs,
-            taking_turns(pairs, 2 * time * group * head_dim * q.element_size()),
+            taking_turns(pairs, key_tiles, 2 * time * group * head_dim * q.element_size()),
             *sizes,
             **shape,
             BLOCK_M=keys_launch.rows,

@@ -186,17 +186,24 @@ def key_gradients(
     for first in tl.range(lo, hi, BLOCK_M, num_stages=STAGES):
         first_token = first // G
         token, head = split_rows(first, i, G, ALIGNED)
-        in_tile = token < time - first_token
-        in_q = in_tile[:, None] & (d < D)[None, :]
         at_token = first_token.to(tl.int64)
         at_row = token * query_heads + head
         at_q = (token * q_time_stride + head * q_head_stride)[:, None] + d[None, :]
-        queries = tl.load(q + at_token * q_time_stride + at_q, mask=in_q, other=0.0)
         at_do = at_row[:, None] * D + d[None, :]
-        grads = tl.load(do + at_token * (query_heads * D) + at_do, mask=in_q, other=0.0)
-        # Past the end p is 0.
-        lse_rows = tl.load(lse + first_token + (head * time + token), mask=in_tile, other=float("inf")) * LOG2E
-        delta_rows = tl.load(delta + at_token * query_heads + at_row, mask=in_tile, other=0.0)
+        at_lse = head * time + token
+        if MASKED or D != DP:
+            in_tile = token < time - first_token
+            in_q = in_tile[:, None] & (d < D)[None, :]
+            queries = tl.load(q + at_token * q_time_stride + at_q, mask=in_q, other=0.0)
+            grads = tl.load(do + at_token * (query_heads * D) + at_do, mask=in_q, other=0.0)
+            # Past the end p is 0.
+            lse_rows = tl.load(lse + first_token + at_lse, mask=in_tile, other=float("inf")) * LOG2E
+            delta_rows = tl.load(delta + at_token * query_heads + at_row, mask=in_tile, other=0.0)
+        else:
+            queries = tl.load(q + at_token * q_time_stride + at_q)
+            grads = tl.load(do + at_token * (query_heads * D) + at_do)
+            lse_rows = tl.load(lse + first_token + at_lse) * LOG2E
+            delta_rows = tl.load(delta + at_token * query_heads + at_row)
         s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
         p = tl.exp2(s * scale - lse_rows[None, :])
         if MASKED:
@@ -263,7 +270,8 @@ def backward_keys(
     lse += (batch * query_heads + kv_head * G) * time
     delta += batch * time * query_heads + kv_head * G
 
-    # Tokens: from lo some see some of the keys, from `whole` all see all, from `partial` some are in other documents.
+    # Tokens: from lo some see some of the keys, from `whole` all see all; a tile from `partial` on has tokens of other
+    # documents, or ends past the last.
     place = first + j - offset
     end = place
     lo = tl.maximum(first - offset, 0)
@@ -283,16 +291,16 @@ def backward_keys(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, lo, tl.minimum(whole, hi), place, end, time, q_time_stride,
         q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS,
     )  # fmt: skip
-    partial = whole + tl.maximum(tl.load(ends) * G - whole, 0) // BLOCK_M * BLOCK_M if DOCUMENTS else hi
+    inner = tl.load(ends) * G if DOCUMENTS else hi
+    partial = whole + tl.maximum(inner - whole, 0) // BLOCK_M * BLOCK_M
     dk_sum, dv_sum = key_gradients(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, whole, partial, place, end, time, q_time_stride,
         q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, False, DOCUMENTS,
     )  # fmt: skip
-    if DOCUMENTS:
-        dk_sum, dv_sum = key_gradients(
-            dk_sum, dv_sum, keys, values, q, do, lse, delta, partial, hi, place, end, time, q_time_stride,
-            q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, True,
-        )  # fmt: skip
+    dk_sum, dv_sum = key_gradients(
+        dk_sum, dv_sum, keys, values, q, do, lse, delta, partial, hi, place, end, time, q_time_stride,
+        q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS,
+    )  # fmt: skip
     at_out = ((batch * key_time + first) * kv_heads + kv_head) * D
     at_kv = j[:, None] * (kv_heads * D) + d[None, :]
     tl.store(dk + at_out + at_kv, (dk_sum * scale).to(dk.dtype.element_ty), mask=in_kv)

@@ -82,6 +82,27 @@ else:
         first, second = (Call((1, 20, 1, 2, 32, 3), documents=[0, 13, 20]).run() for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
+    @pytest.mark.parametrize("together", [1, 2, 3, 6])
+    def test_pairs_that_take_turns_are_all_gone_through(together, monkeypatch):
+        tile(monkeypatch, SMALL)
+        monkeypatch.setattr(launches, "taking_turns", lambda pairs, tiles, nbytes: together)
+        call = Call((2, 20, 3, 2, 32, 1))
+        call.check(call.run(), TOLERANCE)
+
+    @pytest.mark.parametrize(
+        ("pairs", "tiles", "nbytes", "together"),
+        [
+            (8, 4096, 2**24, 1),
+            (8, 512, 2**22, 2),
+            (8, 64, 2**23, 4),
+            (8, 1, 2**10, 8),
+            (6, 100, 2**21, 6),
+            (7, 300, 2**22, 7),
+        ],
+    )
+    def test_as_many_pairs_take_turns_as_fit_the_cache_and_fill_the_device(pairs, tiles, nbytes, together):
+        assert launches.taking_turns(pairs, tiles, nbytes) == together
+
     @pytest.mark.parametrize(
         ("q", "k", "words"),
         [
