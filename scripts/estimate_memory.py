@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if fits else 1
 
 
-def on_gpu(config: Config, gpus: int, checkpointing: str | None = None, micro_batch_size: int | None = None) -> Memory:
+def on_gpu(config: Config, gpus: int, checkpointing: str | None = None) -> Memory:
     """The memory of `config` on a rank of a GPU run, by default as it is configured."""
     return estimate(
         config,
@@ -60,13 +61,20 @@ def on_gpu(config: Config, gpus: int, checkpointing: str | None = None, micro_ba
         compute_dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
         compiled=config.parallel.compile is not False,
         activation_checkpointing=checkpointing,
-        micro_batch_size=micro_batch_size,
     )
+
+
+def sized(config: Config, gpus: int, micro_batch_size: int) -> Config:
+    """`config` with another micro-batch, and as many of them a step."""
+    training = config.training
+    micro_batches = training.global_batch_size // (training.micro_batch_size * gpus)
+    batch = micro_batch_size * gpus * micro_batches
+    return replace(config, training=replace(training, micro_batch_size=micro_batch_size, global_batch_size=batch))
 
 
 def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: float) -> int:
     """Instances of the largest micro-batch, 0 for none: what is held at each moment of a step grows in proportion."""
-    fewer, more = (on_gpu(config, gpus, checkpointing, size).moments for size in PROBES)
+    fewer, more = (on_gpu(sized(config, gpus, size), gpus, checkpointing).moments for size in PROBES)
     largest = math.inf
     for moment, held in fewer.items():
         growth = (more[moment] - held) / (PROBES[1] - PROBES[0])

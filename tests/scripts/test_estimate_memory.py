@@ -2,16 +2,20 @@
 
 import pytest
 
-from scripts.estimate_memory import USABLE, _config, largest_that_fits, main, on_gpu
+from scripts.estimate_memory import USABLE, _config, largest_that_fits, main, on_gpu, sized
 
 PLAIN = "parallel.compile=false"
 
 
-def test_the_largest_micro_batch_fits_and_one_more_does_not():
-    config = _config(["model=moda_700m", PLAIN, "training.global_batch_size=1024"], 2)
+@pytest.mark.parametrize("batch", [16, 1024])  # one micro-batch a step, and several
+def test_the_largest_micro_batch_fits_and_one_more_does_not(batch):
+    config = _config(
+        ["model=moda_700m", PLAIN, "training.micro_batch_size=8", f"training.global_batch_size={batch}"], 2
+    )
     largest = largest_that_fits(config, 2, "full", 60e9)
-    assert on_gpu(config, 2, "full", largest).total <= 1.02 * USABLE * 60e9
-    assert on_gpu(config, 2, "full", largest + 1).total > USABLE * 60e9
+    assert largest > 8
+    assert on_gpu(sized(config, 2, largest), 2, "full").total <= 1.02 * USABLE * 60e9
+    assert on_gpu(sized(config, 2, largest + 1), 2, "full").total > USABLE * 60e9
     assert largest_that_fits(config, 2, "none", 5e9) == 0
 
 
