@@ -6,7 +6,8 @@ gradients of a layer's slots, summed over the layers that have read them.
 The pull is blocked. Every slot of BLOCK_LAYERS neighbouring layers has the layers above the block as readers in common.
 They are gone through once for all those slots, when the first of them is asked for, into partial sums in fp32; after
 that a layer adds the few readers inside its own block. That reads a reader 1 / BLOCK_LAYERS times as often. The sums
-lie where the slots of the layers above were, which nobody reads again, unless the graph is retained.
+lie where the slots of the layers above were, which nobody reads again, unless the graph is retained; near the last
+layer, where these are too few, blocks are smaller.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class Way:
 
 
 class Partial(NamedTuple):
-    """Of the block that is being gone through: its number, the readers that its sums have in them, the sums."""
+    """Of the block of layers that is being gone through."""
 
-    block: int
-    readers: list[int]
-    sums: Gradients | None  # None without readers
+    first: int  # layer
+    readers: list[int]  # that its sums have in them
+    sums: Gradients | None  # of the slots from the first layer's on; None without readers
 
 
 class Readers:
@@ -92,23 +93,22 @@ class Readers:
         reading = [reader for reader in sorted(self.ways) if reads(reader, layer)]
         if not reading:
             return None
-        block = layer // BLOCK_LAYERS
-        first = block * BLOCK_LAYERS * slots_per_layer
-        if self._partial is None or self._partial.block != block:
+        if self._partial is None or layer < self._partial.first:
             self._partial = None  # frees the block before
-            slots = slice(first, min(first + BLOCK_LAYERS * slots_per_layer, keys.shape[0]))
-            common, room = self._common(block, reads), None
-            needed = (slots.stop - first) * self.lse.dtype.itemsize // keys.dtype.itemsize
-            if slots.stop + needed > keys.shape[0]:
-                common = []  # so few layers lie above that their readers are gone through again, for want of room
-            elif common and spare is not None:
+            first = self._first_of_block(layer, slots_per_layer, keys)
+            slots = slice(first * slots_per_layer, (layer + 1) * slots_per_layer)
+            common = self._common(first, layer, reads) if first < layer else []
+            room = None
+            if common and spare is not None:
+                needed = (slots.stop - slots.start) * self.lse.dtype.itemsize // keys.dtype.itemsize
                 room = spare(slots.stop, slots.stop + needed, self.lse.dtype)
             sums = self._sum(common, keys[slots], values[slots], None, self.lse.dtype, room)
-            self._partial = Partial(block, common, sums)
+            self._partial = Partial(first, common, sums)
         start = layer * slots_per_layer
         taken = slice(start if all(s in written for s in range(start, slot)) else slot, slot + 1)
         partial = self._partial.sums
         if partial is not None:
+            first = self._partial.first * slots_per_layer
             within = slice(taken.start - first, taken.stop - first)
             partial = (partial[0][within], partial[1][within])
         rest = [reader for reader in reading if reader not in self._partial.readers]
@@ -118,10 +118,19 @@ class Readers:
             self._along[index] = (total[0][index - taken.start], total[1][index - taken.start])
         return total[0][-1], total[1][-1]
 
-    def _common(self, block: int, reads: Callable[[int, int], bool]) -> list[int]:
+    def _first_of_block(self, layer: int, slots_per_layer: int, keys: Tensor) -> int:
+        """The first layer of the block that ends with `layer`: of the largest whose sums fit above it."""
+        ratio = self.lse.dtype.itemsize // keys.dtype.itemsize
+        above = len(keys) - (layer + 1) * slots_per_layer
+        size = BLOCK_LAYERS
+        while size > 1 and (layer % size + 1) * slots_per_layer * ratio > above:
+            size //= 2
+        return layer - layer % size
+
+    def _common(self, first: int, last: int, reads: Callable[[int, int], bool]) -> list[int]:
         """The finished layers above a block that read all layers of it."""
-        layers = range(block * BLOCK_LAYERS, (block + 1) * BLOCK_LAYERS)
-        return [r for r in sorted(self.ways) if r >= layers.stop and all(reads(r, layer) for layer in layers)]
+        block = range(first, last + 1)
+        return [r for r in sorted(self.ways) if r > last and all(reads(r, layer) for layer in block)]
 
     def _sum(
         self,

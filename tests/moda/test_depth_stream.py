@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import moda
-from moda.readers import BLOCK_LAYERS
+from moda.readers import BLOCK_LAYERS, Readers
 from tests.moda.stack import Stack, assert_equal_gradients, loss_of, random_input
 
 SLOT = torch.zeros(1, 4, 2, 8)
@@ -221,6 +221,21 @@ def test_partial_sums_lie_where_slots_were_that_nobody_reads_again():
     batch, time, kv_heads, head_dim = stream.slot_shape
     sums = 2 * BLOCK_LAYERS * stream.slots_per_layer * batch * time * kv_heads * head_dim * 8
     assert held[True] - held[False] == sums
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("num_layers", "slots_per_layer"), [(36, 2), (38, 2), (24, 1), (6, 1), (3, 2)])
+def test_blocks_are_as_large_as_their_sums_fit_above_them(num_layers, slots_per_layer, dtype):
+    readers, keys = Readers(num_layers, torch.zeros(1, 1, 1)), torch.zeros(num_layers * slots_per_layer, dtype=dtype)
+    layer, sizes = num_layers - 1, []
+    while layer >= 0:
+        first = readers._first_of_block(layer, slots_per_layer, keys)
+        needed = (layer - first + 1) * slots_per_layer * 4 // dtype.itemsize
+        assert first == layer or (layer + 1) * slots_per_layer + needed <= len(keys)
+        sizes.append(layer - first + 1)
+        layer = first - 1
+    assert sum(sizes) == num_layers
+    assert sizes.count(BLOCK_LAYERS) >= num_layers // BLOCK_LAYERS - 3  # small ones are few: near the last layer
 
 
 def test_a_slot_saved_elsewhere_raises_once_sums_lie_where_it_was():
