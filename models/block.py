@@ -23,7 +23,12 @@ NORM_PLACEMENTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] 
 
 
 class Block(nn.Module):
-    """A layer of the baseline: causal attention over the sequence, then SwiGLU (OLMo 2, section 2.1)."""
+    """A layer of the baseline: causal attention over the sequence, then SwiGLU (OLMo 2, section 2.1).
+
+    `attention_backend` is that of `moda.attention`.
+    """
+
+    attention_backend = "auto"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -37,7 +42,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [batch, time, hidden_size] to the same; `cu_seqlens` as in `moda.attention`."""
         q, k, v = self.before_attention(x, rotary)
-        return self.after_attention(x, moda.attention(q, k, v, cu_seqlens=cu_seqlens))
+        out = moda.attention(q, k, v, cu_seqlens=cu_seqlens, backend=self.attention_backend)
+        return self.after_attention(x, out)
 
     def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
         """q, k, v [batch, time, heads or kv_heads, head_dim] of x [batch, time, hidden_size]."""
@@ -71,7 +77,7 @@ class DepthBlock(Block):
             _, _, handle = stream.write(handle, self.layer, 0, *slot)
         else:
             k, v, handle = stream.write(handle, self.layer, 0, k, v)
-        out, handle = stream.attend(handle, self.layer, q, k, v, cu_seqlens=cu_seqlens)
+        out, handle = stream.attend(handle, self.layer, q, k, v, cu_seqlens=cu_seqlens, backend=self.attention_backend)
         x, *slot = self.after_attention(x, out, rotary)
         if slot:
             _, _, handle = stream.write(handle, self.layer, 1, *slot)

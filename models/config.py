@@ -13,6 +13,7 @@ from typing import Any
 VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that the output product has aligned shapes
 NORMS = ("reordered", "pre", "post")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
+ATTENTION_BACKENDS = ("auto", "joined", "fused", "reference")  # of moda.attention
 
 
 class ConfigError(ValueError):

@@ -26,6 +26,7 @@ def parallelize(
     compute_dtype: torch.dtype,
     activation_checkpointing: str = "none",
     compile_backend: str | None = None,
+    attention_backend: str = "auto",
     reshard_after_forward: bool = True,
 ) -> Decoder:
     """Shard every parameter over `mesh`; fp32 master weights and gradient reduction, `compute_dtype` in between.
@@ -34,10 +35,10 @@ def parallelize(
         model: on the meta device; returned on the mesh's device, its values undefined until `initialize` or a load.
         mesh: of ranks that share the batch: one dimension to shard over, or two (FSDP2's HSDP), replicas x shards.
         compute_dtype: dtype of gathered weights and activations.
-        activation_checkpointing, compile_backend: as `prepare_blocks` takes them.
+        activation_checkpointing, compile_backend, attention_backend: as `prepare_blocks` takes them.
         reshard_after_forward: free a block's gathered weights between its forward and its backward.
     """
-    prepare_blocks(model, activation_checkpointing, compile_backend)
+    prepare_blocks(model, activation_checkpointing, compile_backend, attention_backend)
     # Inputs are not cast: activations have the compute dtype already, and the rotary tables stay fp32.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
@@ -47,7 +48,9 @@ def parallelize(
     return model.to_empty(device=mesh.device_type)
 
 
-def prepare_blocks(model: Decoder, activation_checkpointing: str, compile_backend: str | None) -> None:
+def prepare_blocks(
+    model: Decoder, activation_checkpointing: str, compile_backend: str | None, attention_backend: str = "auto"
+) -> None:
     """Compile the regions of every block, and have what is asked for computed again in backward; in place.
 
     Args:
@@ -55,6 +58,7 @@ def prepare_blocks(model: Decoder, activation_checkpointing: str, compile_backen
             is not); "full" (each block is).
         compile_backend: of torch.compile, None compiles nothing. Layers of one kind share their graphs. Compiled are
             the regions alone: the stream's autograd functions have a state that a traced graph would not see.
+        attention_backend: of `moda.attention`.
     """
     if activation_checkpointing not in ACTIVATION_CHECKPOINTING:
         raise ValueError(
@@ -66,6 +70,7 @@ def prepare_blocks(model: Decoder, activation_checkpointing: str, compile_backen
     # No dropout: no random state to preserve.
     computed_again = partial(partial, checkpoint, use_reentrant=False, preserve_rng_state=False)
     for block in model.blocks:
+        block.attention_backend = attention_backend  # type: ignore[assignment]
         for name in REGIONS:
             if compile_backend is not None:
                 compiled = torch.compile(getattr(block, name), backend=compile_backend, dynamic=False)

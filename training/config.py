@@ -11,7 +11,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from models.config import ACTIVATION_CHECKPOINTING, ConfigError, ModelConfig, choices, require
+from models.config import ACTIVATION_CHECKPOINTING, ATTENTION_BACKENDS, ConfigError, ModelConfig, choices, require
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -192,6 +192,7 @@ class ParallelConfig:
     # what is computed again in backward: none, selective (all but attention) or full (each block)
     activation_checkpointing: str = "none"
     compile: bool | None = None  # torch.compile of what lies between attention operators (null: on a GPU)
+    attention_backend: str = "auto"  # of moda.attention: auto (the fastest that is exact), joined, fused or reference
     # FSDP2 frees gathered weights after forward: saves 2 bytes a weight of the model, and gathers all of them twice.
     reshard_after_forward: bool = False
     replicate: int = 1  # copies of the sharded model (HSDP), each over world size / replicate ranks, say a host's
@@ -201,6 +202,8 @@ class ParallelConfig:
         word = self.activation_checkpointing
         known = word in ACTIVATION_CHECKPOINTING
         require(known, "parallel.activation_checkpointing", word, choices(ACTIVATION_CHECKPOINTING))
+        backend = self.attention_backend
+        require(backend in ATTENTION_BACKENDS, "parallel.attention_backend", backend, choices(ATTENTION_BACKENDS))
         require(
             self.replicate >= 1 and world_size % self.replicate == 0,
             "parallel.replicate",

@@ -48,6 +48,7 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
     _check_packages(config)
     _check_compiler(config)
     _check_devices(config)  # it imports torch, which takes seconds
+    _check_attention(config)
     if config.data.verify:  # last: it may take minutes
         verify(config, say)
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
@@ -135,3 +136,23 @@ def _check_devices(config: Config) -> None:
             f"training.device={config.training.device} cannot be used: {ranks} ranks of this host share {gpus} GPUs, "
             f"so start torchrun with --nproc-per-node {gpus}, or set training.device=cpu."
         )
+
+
+def _check_attention(config: Config) -> None:
+    """A backend that is asked for by name must be able to take the calls of the model."""
+    name, model = config.parallel.attention_backend, config.model
+    if name == "auto":
+        return
+    import torch
+
+    from moda.backends import BACKENDS
+
+    on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu and config.training.precision != "fp32" else torch.float32
+    time, documents = config.data.sequence_length, torch.tensor([0]) if config.data.document_mask else None
+    q, k = (
+        torch.empty(1, time, heads, model.head_dim, dtype=dtype, device="cuda" if on_gpu else "cpu")
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    if reason := BACKENDS[name].unusable(q, k, documents):
+        raise ConfigError(f"parallel.attention_backend={name} cannot be used: {reason}, so set it to auto.")

@@ -369,6 +369,7 @@ class Trainer:
             compute_dtype=compute_dtype,
             activation_checkpointing=config.parallel.activation_checkpointing,
             compile_backend=compile_backend,
+            attention_backend=config.parallel.attention_backend,
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)

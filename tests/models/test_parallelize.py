@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import moda
+from moda.backends import BACKENDS
+from models.config import ATTENTION_BACKENDS
 from models.parallelize import prepare_blocks
 from tests.models.plain import build, small, tokens
 
@@ -93,3 +95,12 @@ def test_each_kind_of_checkpointing_keeps_less_than_the_one_before():
 def test_an_unknown_kind_of_checkpointing_is_refused():
     with pytest.raises(ValueError, match="choose one of none, selective, full"):
         prepare_blocks(build(small()), "some", None)
+
+
+@pytest.mark.parametrize("fields", [BASELINE, MODA], ids=["baseline", "moda"])
+def test_the_attention_backend_of_a_run_is_that_of_every_layer(fields):
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
+    model = build(small(**fields))
+    prepare_blocks(model, "none", None, attention_backend="joined")
+    with pytest.raises(ValueError, match="backend='joined' cannot take this call: it needs a CUDA device"):
+        model(*tokens())

@@ -66,6 +66,7 @@ def test_the_defaults_are_valid():
         ("schedule.final_lr_ratio", 1.5),
         ("schedule.decay_fraction", 0.0),
         ("parallel.activation_checkpointing", "some"),
+        ("parallel.attention_backend", "flash"),
         ("parallel.replicate", 0),
         ("parallel.replicate", 2),
         ("logging.profile.steps", [1]),

@@ -178,3 +178,13 @@ def test_compiling_on_a_cpu_without_a_compiler_is_refused(config, monkeypatch):
     preflight(config)
     config.parallel.compile = True
     assert message(ConfigError, config).startswith("parallel.compile=true on a CPU needs a C++ compiler")
+
+
+def test_a_backend_that_cannot_take_the_model_is_refused(config, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config.parallel.attention_backend = "reference"
+    preflight(config)
+    config.parallel.attention_backend = "joined"
+    assert message(ConfigError, config) == (
+        "parallel.attention_backend=joined cannot be used: it needs a CUDA device, so set it to auto."
+    )

@@ -1,0 +1,32 @@
+"""Fifty steps of a small MoDA model in two configurations that should train alike, by `scripts/compare_runs.py`."""
+
+import pytest
+import torch
+
+from scripts.compare_runs import main
+
+MODEL = ["num_layers=4", "hidden_size=128", "num_heads=4", "num_kv_heads=2", "head_dim=32", "intermediate_size=256"]
+BOTH = ["model=moda_tiny", *(f"model.{field}" for field in MODEL), "data.sequence_length=64", "training.device=cuda"]
+BOTH += ["training.global_batch_size=8", "training.micro_batch_size=4", "optimizer.lr=1e-3"]
+
+PAIRS = {
+    "compiled and plain": ["--a", "parallel.compile=true", "--b", "parallel.compile=false"],
+    "joined and reference": ["--a", "parallel.attention_backend=joined", "--b", "parallel.attention_backend=reference"],
+    "fused and reference": ["--a", "parallel.attention_backend=fused", "--b", "parallel.attention_backend=reference"],
+    "everything kept and everything computed again": ["--b", "parallel.activation_checkpointing=full"],
+    "attention kept and everything kept": ["--b", "parallel.activation_checkpointing=selective"],
+    "one GPU and two": ["--gpus-b", "2"],
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_losses_of_fifty_steps_are_the_same_within_bf16(pair, shards, capsys):
+    if "two" in pair and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    assert main(["--data", str(shards), "--steps", "50", "--tolerance", "0.02", *PAIRS[pair], *BOTH]) == 0
+    assert "within the tolerance of 0.02 over 50 steps" in capsys.readouterr().out
+
+
+def test_losses_in_fp32_are_the_same_within_rounding(shards, capsys):
+    arguments = [*PAIRS["fused and reference"], *BOTH, "training.precision=fp32"]
+    assert main(["--data", str(shards), "--steps", "50", "--tolerance", "2e-4", *arguments]) == 0
