@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import norm_rotary
 from models.config import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: [batch or 1, time, 1, head_dim / 2], fp32
@@ -91,6 +92,18 @@ class HeadNorms(nn.Module):
         self.v_norm = HeadRMSNorm(config.norm_eps) if config.value_norm else nn.Identity()
         self.heads = (config.num_kv_heads, config.head_dim)
 
+    def fused(self, product: Tensor, q_norm: nn.Module | None, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor] | None:
+        """q, k, v of the product of a fused projection in one pass, None where no kernel does that.
+
+        `q_norm` is that of the queries, None for a product without any.
+        """
+        if not isinstance(self.k_norm, RMSNorm) or not norm_rotary.available(product.device, product.dtype):
+            return None
+        q_weight = q_norm.weight if isinstance(q_norm, RMSNorm) else None
+        k_weight, eps, head_dim = self.k_norm.weight, self.k_norm.eps, self.heads[1]
+        q, k, v = norm_rotary.norm_rotary(product, q_weight, k_weight, *rotary, head_dim, eps)
+        return q, k, self.v_norm(v)
+
     def forward(self, k: Tensor, v: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """k, v [batch, time, kv_heads * head_dim] to [batch, time, kv_heads, head_dim]."""
         k = rotate(self.k_norm(k).unflatten(-1, self.heads), rotary)
@@ -109,7 +122,10 @@ class SlotProjection(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """x [batch, time, hidden_size] to k, v [batch, time, kv_heads, head_dim]."""
-        return self.norms(*self.kv_proj(x).chunk(2, -1), rotary)
+        product = self.kv_proj(x)
+        if (fused := self.norms.fused(product, None, rotary)) is not None:
+            return fused[1:]
+        return self.norms(*product.chunk(2, -1), rotary)
 
 
 class QKVProjection(nn.Module):
@@ -125,5 +141,8 @@ class QKVProjection(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """x [batch, time, hidden_size] to q, k, v [batch, time, heads or kv_heads, head_dim]."""
-        q, k, v = self.qkv_proj(x).split(self.widths, -1)
+        product = self.qkv_proj(x)
+        if (fused := self.norms.fused(product, self.q_norm, rotary)) is not None:
+            return fused
+        q, k, v = product.split(self.widths, -1)
         return rotate(self.q_norm(q).unflatten(-1, self.heads), rotary), *self.norms(k, v, rotary)
