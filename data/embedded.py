@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import textwrap
@@ -197,7 +198,9 @@ def _all_documents() -> Generator[Document, None, None]:
     """Documents of this machine in a fixed order: the held-out package, documentation, then docstrings by package."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     folders = {name: folder for name in [HELD_OUT_PACKAGE, *PACKAGES] if (folder := _package_folder(name)) is not None}
-    with multiprocessing.get_context("spawn").Pool(processes=min(4, multiprocessing.cpu_count())) as pool:
+    processes = min(4, multiprocessing.cpu_count())
+    ignoring = (signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent alone hears, and ends the others
+    with multiprocessing.get_context("spawn").Pool(processes, signal.signal, ignoring) as pool:
 
         def docstrings(package: str, folder: Path, kind: str) -> Iterator[Document]:
             paths = _files(folder, ".py")

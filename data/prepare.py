@@ -392,8 +392,7 @@ def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, opt
             if index % options.tasks == options.task and not path.exists():
                 jobs.append(HashPart(cast(Part, part), path))  # token files have no filters
     processes, threads = _processes_and_threads(options, len(jobs), SMALL)
-    for _ in _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks):
-        pass
+    _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks)
     for plan in planned:
         hashes = [plan.hashes_path(index) for index in range(len(plan.parts))]
         missing = sum(not path.exists() for path in hashes)
@@ -425,10 +424,10 @@ def _run(
     threads: int,
     tokenizer: TextTokenizer,
     tasks: int,
-) -> Iterator[tuple[int, Any]]:
-    """Run `jobs` behind a progress bar over the whole source."""
+) -> list[tuple[int, Any]]:
+    """Run `jobs` behind a progress bar over the whole source; returns (index, result) as they ended."""
     if not jobs:
-        return
+        return []
     sizes = [part.size for plan in planned for part in plan.parts]
     total = None if None in sizes or tasks > 1 else sum(size or 0 for size in sizes)
     with progress_bar(label, total, planned[0].split.unit) as bar:
@@ -442,7 +441,7 @@ def _run(
             bar.update(read)
 
         make = functools.partial(TextTokenizer, tokenizer.content, tokenizer.name, tokenizer.eos_token)
-        yield from run_jobs(jobs, make, processes=processes, threads=threads, report=report)
+        return list(run_jobs(jobs, make, processes=processes, threads=threads, report=report))
 
 
 def _processes_and_threads(options: PrepareOptions, jobs: int, work: int) -> tuple[int, int]:
