@@ -112,7 +112,9 @@ class HuggingFaceDataset:
             builder = datasets.load_dataset_builder(self.name, self.config, revision=self.revision)
         except Exception as error:  # offline, unknown name or configuration, unreadable files: one exception each
             where = f"source.name={self.name} (config {self.config})"
-            raise DataError(f"{where} cannot be opened: {_one_line(error)}") from error
+            raise DataError(
+                f"{where} cannot be opened: look at its name, its configuration and the network ({_one_line(error)})."
+            ) from error
         return {str(split): list(files) for split, files in (builder.config.data_files or {}).items()}
 
     def _split(self, name: str, split: str, limit: int | None, found: dict[str, list[str]]) -> Split:

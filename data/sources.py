@@ -145,14 +145,21 @@ def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iter
     """Files of a folder that are `known` by their names, or all files that a path or a glob (with ** too) names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _alike(sorted(entry for entry in folder.iterdir() if entry.is_file() and known(entry)), key)
-    found = sorted(Path(name) for name in glob.glob(str(folder), recursive=True) if os.path.isfile(name))
+        return _alike(sorted(entry for entry in folder.iterdir() if known(entry) and _is_file(entry)), key)
+    found = sorted(path for path in map(Path, glob.glob(str(folder), recursive=True)) if _is_file(path))
     if not found:
         raise DataError(f"{key}={path} is no folder and no file, and no file matches it: give a folder, file or glob.")
     for entry in found:
         if not known(entry):
             raise DataError(f"{key}={path} names {entry}, whose suffix is unknown: use {', '.join(suffixes)}.")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file. Raises `DataError` for a link to nothing, which is text that would be missing."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to what does not exist: bring that back, or remove the link.")
+    return path.is_file()
 
 
 def _alike(paths: list[Path], key: str) -> list[Path]:
@@ -188,9 +195,9 @@ def _split_files(
         raise DataError(f"source.validation={validation} is not a folder: give one with a file or folder a domain.")
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         if entry.is_dir():
-            files = [e for e in sorted(entry.rglob("*")) if e.is_file() and known(e)]
+            files = [e for e in sorted(entry.rglob("*")) if known(e) and _is_file(e)]
         else:
-            files = [entry] if known(entry) else []
+            files = [entry] if known(entry) and _is_file(entry) else []
         name = f"validation/{entry.name if entry.is_dir() else entry.name.split('.')[0]}"
         if files and name in found:
             raise DataError(

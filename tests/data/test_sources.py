@@ -84,6 +84,11 @@ def test_mistakes_with_files_are_refused_by_name(tmp_path: Path, c4_folder: Path
         Files(str(tmp_path)).splits()
     with pytest.raises(DataError, match="nothing is no folder and no file, and no file matches it"):
         Files(str(tmp_path / "nothing")).splits()
+    (c4_folder / "part.2.json.gz").symlink_to("elsewhere.json.gz")
+    for path in (c4_folder, c4_folder / "*.gz"):
+        with pytest.raises(DataError, match=r"part\.2\.json\.gz is a link to what does not exist: bring that back"):
+            Files(str(path)).splits()
+    (c4_folder / "part.2.json.gz").unlink()
     (c4_folder / "README").write_text("x")
     with pytest.raises(DataError, match=r"names .*README, whose suffix is unknown"):
         Files(str(c4_folder / "*")).splits()
@@ -170,7 +175,7 @@ def test_what_is_read_of_the_hub_is_one_commit(
 def test_mistakes_with_a_dataset_are_one_sentence(hub_layout: Path) -> None:
     with pytest.raises(DataError, match=r"\(config en\) has no split test: choose from train, validation"):
         HuggingFaceDataset(str(hub_layout), "en", split="test").splits()
-    with pytest.raises(DataError, match=r"\(config fr\) cannot be opened: .*fr") as error:
+    with pytest.raises(DataError, match=r"\(config fr\) cannot be opened: look at its name.*fr") as error:
         HuggingFaceDataset(str(hub_layout), "fr").splits()
     assert "\n" not in str(error.value)
     broken = texts_of(HuggingFaceDataset(str(hub_layout), "en", text_field="body").splits()[0])[0]
