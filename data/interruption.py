@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -49,6 +50,7 @@ def interruptible() -> Iterator[None]:
 @contextmanager
 def signals_blocked() -> Iterator[None]:
     """Keep the signals waiting in this thread. A process that is started inside does not get them from the first on."""
+    resource_tracker.ensure_running()  # else the first process starts it, which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

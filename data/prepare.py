@@ -355,7 +355,8 @@ def _make_parts(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options:
     jobs = [_tokenize_job(plan, index, threads, tokenizer, options) for plan, index in places]
     done = sum(plan.parts[index].size or 0 for plan in planned for index in plan.manifests)
     if kept := sum(len(plan.manifests) for plan in planned):
-        print(f"{kept} parts were finished before and are kept", flush=True)
+        every = sum(len(plan.parts) for plan in planned)
+        print(f"{kept} of {every} parts were finished before and are kept", flush=True)
     for index, manifest in _run(jobs, "tokenizing", planned, done, processes, threads, tokenizer, options.tasks):
         plan, part_index = places[index]
         plan.manifests[part_index] = manifest

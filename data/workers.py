@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.resource_tracker
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +46,6 @@ def run_jobs(
     context = multiprocessing.get_context("spawn")
     workers = {}
     try:
-        multiprocessing.resource_tracker.ensure_running()  # else the first process does it, and unblocks signals
         for _ in range(min(processes, len(jobs))):
             with signals_blocked():  # the parent alone hears of Ctrl-C or a scheduler's signal, and ends its workers
                 here, there = context.Pipe()

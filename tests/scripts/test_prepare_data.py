@@ -158,3 +158,22 @@ def test_a_signal_ends_it_with_one_line_and_the_same_command_continues(name: str
     assert "parts were finished before and are kept" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in finished} == kept
     assert read_manifest(shards / "train").documents == 8000
+
+
+def test_a_signal_ends_the_collection_of_embedded_text_and_all_its_processes(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "source=embedded", "tokenizer=train", f"output={tmp_path / 'shards'}"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        said = b""
+        while b"collecting text" not in said:
+            said += process.stderr.read1()
+            assert process.poll() is None, said
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(children.read_text().split()) < 2:  # one of them watches over shared memory
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1].decode()  # to its end, so nobody is left who could write to it
+    assert process.returncode == 130
+    assert "SIGINT came: stopped" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "shards" / "train").exists()
