@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Any
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 RELAY_SECONDS = 1.0  # so soon after the first, another signal is the same request, passed on by a launcher
@@ -49,10 +51,18 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Keep the signals waiting in this thread. A process that is started inside does not get them from the first on."""
+    """Keep the signals waiting. A process that is started inside does not get them, from its first moment on."""
     resource_tracker.ensure_running()  # else the first process starts it, which unblocks signals
+    waiting: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # another thread may be told, and this one calls handlers
+        handlers = {number: signal.signal(number, lambda got, frame: waiting.append(got)) for number in SIGNALS}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in waiting:
+            signal.raise_signal(number)
