@@ -330,8 +330,8 @@ def _plan(split: Split, output: Path, settings: dict[str, Any], tokenizer: TextT
             changed += 1
     if changed and not plan.manifests:
         raise DataError(
-            f"output={output} holds an unfinished {split.name} made of other files, or of files that have all changed: "
-            f"remove {plan.folder}, or choose another output."
+            f"output={output} holds an unfinished {split.name} whose finished parts are all of other files, or of "
+            f"files that have changed: remove {plan.folder}, or choose another output."
         )
     if changed:
         print(f"{split.name}: {changed} of the finished parts hold files that have changed: made again", flush=True)

@@ -278,7 +278,9 @@ def test_output_with_other_settings_is_refused_before_any_work(
         run(c4_folder, output)
     (output / "train" / "manifest.json").unlink()
     del before["train/manifest.json"]
-    with pytest.raises(DataError, match=r"unfinished train made of other files, .*: remove .*train, or choose"):
+    with pytest.raises(
+        DataError, match=r"unfinished train whose finished parts are all of other files, .*train, or choose"
+    ):
         run(c4_folder, output)
     (c4_folder / "validation" / "news.json.gz").unlink()
     with pytest.raises(DataError, match="finished validation/news which this source does not have"):
