@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,6 @@ ENTRY = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4")])  # a docu
 RANGE_DOCUMENTS = 4_000_000  # compared at once: about 400 MB with the sorting
 
 
-def hashes_path(folder: Path, index: int) -> Path:
-    """Where the hashes of part `index` are."""
-    return folder / f"{index:05d}.hashes.npy"
-
-
 def repeats_path(folder: Path, index: int) -> Path:
     """Where the numbers of the documents of part `index` to leave out are, uint32, ascending."""
     return folder / f"{index:05d}.repeats.npy"
@@ -42,8 +37,7 @@ class HashPart:
     """The first pass over one part; what is broken is left to the second."""
 
     part: Part
-    folder: Path
-    index: int
+    path: Path  # of the file of hashes
 
     def run(self, tokenizer: TextTokenizer, report: Callable[[int, int], None]) -> None:
         """Write the hashes of the part, telling `report` how far it is."""
@@ -59,15 +53,17 @@ class HashPart:
         entries = np.empty(len(halves), dtype=ENTRY)
         entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
         entries["number"] = np.arange(len(halves))
-        _save(hashes_path(self.folder, self.index), entries[np.lexsort((halves[:, 1], halves[:, 0]))])
+        _save(self.path, entries[np.lexsort((halves[:, 1], halves[:, 0]))])
 
 
-def find_repeats(folder: Path, parts: int) -> None:
-    """Write the repeats of all `parts` parts, whose hashes are there, unless it was done before."""
+def find_repeats(hashes: Sequence[Path], folder: Path) -> None:
+    """Write the repeats of all parts to `folder`, from the files of their `hashes`, unless it was done before."""
     done = folder / "repeats.npy"
     if done.exists():
         return
-    tables = [np.load(hashes_path(folder, index), mmap_mode="r") for index in range(parts)]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    tables = [np.load(path, mmap_mode="r") for path in hashes]
     documents = sum(map(len, tables))
     ranges = max(1, -(-documents // RANGE_DOCUMENTS))
     repeats: list[list[np.ndarray]] = [[] for _ in tables]

@@ -23,16 +23,20 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import sys
 import sysconfig
 import textwrap
+import threading
 import warnings
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.interruption import signals_blocked
 from data.progress import progress_bar
 from data.shards import DataError, write_atomically
 
@@ -197,12 +201,16 @@ def _all_documents() -> Generator[Document, None, None]:
     """Documents of this machine in a fixed order: the held-out package, documentation, then docstrings by package."""
     stdlib = Path(sysconfig.get_path("stdlib"))
     folders = {name: folder for name in [HELD_OUT_PACKAGE, *PACKAGES] if (folder := _package_folder(name)) is not None}
-    with multiprocessing.get_context("spawn").Pool(processes=min(4, multiprocessing.cpu_count())) as pool:
+    spawning = multiprocessing.get_context("spawn")
+    executor = ProcessPoolExecutor(min(4, multiprocessing.cpu_count()), spawning, initializer=_end_with_parent)
+    try:
 
         def docstrings(package: str, folder: Path, kind: str) -> Iterator[Document]:
             paths = _files(folder, ".py")
             jobs = [(str(path), f"{package}/{path.relative_to(folder).as_posix()}", kind) for path in paths]
-            for document in pool.imap(_read_docstrings, jobs, chunksize=8):
+            with signals_blocked():  # the parent alone hears of Ctrl-C, and ends the others
+                documents = executor.map(_read_docstrings, jobs, chunksize=8)
+            for document in documents:
                 if document is not None:
                     yield document
 
@@ -212,6 +220,20 @@ def _all_documents() -> Generator[Document, None, None]:
         yield from docstrings("python", stdlib, "docstrings")
         for package, folder in folders.items():
             yield from docstrings(package, folder, "docstrings")
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """See to it that this process, which waits for work, does not outlive the one that would give it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="end with the parent", daemon=True).start()
 
 
 def _package_folder(name: str) -> Path | None:

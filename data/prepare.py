@@ -7,9 +7,10 @@ with a folder for each part:
     SPLIT/00000/skipped.txt                     with on_error=skip: what was broken, by file and line
     SPLIT/manifest.json                         all parts are finished: the split is one dataset
 
-A part depends on nothing but its own text and the settings, so parts can be made in any order, by any number of
-processes on any number of machines, again and again, with the same bytes. Output made with other settings is refused,
-never mixed and never overwritten.
+A part depends on nothing but its own text and the settings (and, where duplicates are looked for, on which of its
+documents repeat others), so parts can be made in any order, by any number of processes on any number of machines, again
+and again, with the same bytes. Output made with other settings is refused, never mixed and never overwritten. After a
+file of an unfinished split was repaired, the parts that do not hold it are kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-from data.duplicates import HashPart, find_repeats, hashes_path, repeats_path
+from data.duplicates import HashPart, find_repeats, repeats_path
 from data.filters import Duplicate, build_filters
 from data.progress import progress_bar
 from data.readers import Broken
@@ -49,7 +50,7 @@ from data.workers import Job, run_jobs
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
 SMALL = 10_000_000  # bytes of the source that one process prepares about as fast as several are started
-DUPLICATES_NAME = "duplicates-"  # folder inside a split while its duplicates are looked for, a digest of its text after
+DUPLICATES_NAME = "duplicates"  # folder inside a split while its duplicates are looked for
 SPLITS = ("train", "validation/*", "*/train", "*/validation/*")  # where splits lie below an output
 
 
@@ -119,10 +120,23 @@ class _PlannedSplit:
         return self.folder / f"{index:05d}"
 
     @property
-    def duplicates_folder(self) -> Path:
-        """Where the hashes of this text are, cut as it is: those of another attempt's text are not taken for them."""
-        content = json.dumps([self.settings["source"], len(self.parts)], sort_keys=True)
-        return self.folder / f"{DUPLICATES_NAME}{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    def part_settings(self) -> dict[str, Any]:
+        """Settings of the split that each of its parts depends on."""
+        source = {key: value for key, value in self.settings["source"].items() if key != "files"}
+        return self.settings | {"source": source}
+
+    def hashes_path(self, index: int) -> Path:
+        """Where the hashes of the documents of a part are: named by its text, so those of another are not taken."""
+        return self.folder / DUPLICATES_NAME / f"{self._digest([self.parts[index].identity])}.npy"
+
+    @property
+    def repeats_folder(self) -> Path:
+        """Where the repeats in the whole text of this split are."""
+        return self.folder / DUPLICATES_NAME / self._digest([part.identity for part in self.parts])
+
+    def _digest(self, identities: list[list[Any]]) -> str:
+        content = json.dumps([self.part_settings["source"], identities], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def prepare(source: Source, request: TokenizerRequest, output: Path, options: PrepareOptions) -> dict[str, Manifest]:
@@ -238,9 +252,14 @@ def _finished(output: Path, settings: dict[str, dict[str, Any]]) -> dict[str, Ma
 
 def _check_same_settings(made: dict[str, Any], asked: dict[str, Any], what: str, output: Path) -> None:
     keys = [key for key in asked if made.get(key) != asked[key]]
-    if keys:
-        difference = f"made with another {' and another '.join(keys)}"
-        raise DataError(f"output={output} holds {what} {difference}: remove {output}, or choose another output.")
+    if not keys:
+        return
+    difference, remedy = f"made with another {' and another '.join(keys)}", ""
+    before, now = (settings.get("source", {}).get("revision") for settings in (made, asked))
+    if before != now and before and now:
+        difference += f" (revision {before}, now {now})"
+        remedy = f"add source.revision={before} to go on with that text, "
+    raise DataError(f"output={output} holds {what} {difference}: {remedy}remove {output}, or choose another output.")
 
 
 def _has_tokenizer(output: Path, finished: dict[str, Manifest]) -> bool:
@@ -265,7 +284,7 @@ def _check_same_tokenizer(tokenizer: TextTokenizer, finished: dict[str, Manifest
         if manifest.tokenizer["sha256"] != tokenizer.identity["sha256"]:
             raise DataError(
                 f"output={output} holds a finished {name} made with a tokenizer that training gives no longer "
-                "(the text or the tokenizers library changed): remove {output}, or choose another output."
+                f"(the text or the tokenizers library changed): remove {output}, or choose another output."
             )
 
 
@@ -292,16 +311,30 @@ def _texts(split: Split, on_error: str) -> Iterator[str]:
 
 
 def _plan(split: Split, output: Path, settings: dict[str, Any], tokenizer: TextTokenizer) -> _PlannedSplit:
-    """The parts of a split, and which of them are finished, all of which must have the same settings."""
+    """The parts of a split, and which of them are finished and made of the same text.
+
+    All must have the same settings. That some have another text happens when a file is repaired, and they are made
+    again; when all have, the source is another one.
+    """
     plan = _PlannedSplit(split, output / split.name, split.parts(), settings)
+    changed = 0
     for folder in sorted(plan.folder.glob("[0-9]*/")):
         if not (folder / MANIFEST_NAME).exists():
             continue
-        manifest = read_manifest(folder)
-        asked = settings | {"part": [int(folder.name), len(plan.parts)]}
-        _check_same_settings(manifest.preparation, asked, f"a part of an unfinished {split.name}", output)
+        manifest, index = read_manifest(folder), int(folder.name)
+        _check_same_settings(manifest.preparation, plan.part_settings, f"a part of an unfinished {split.name}", output)
         _check_same_tokenizer(tokenizer, {split.name: manifest}, output)
-        plan.manifests[int(folder.name)] = manifest
+        if index < len(plan.parts) and manifest.preparation.get("part") == plan.parts[index].identity:
+            plan.manifests[index] = manifest
+        else:
+            changed += 1
+    if changed and not plan.manifests:
+        raise DataError(
+            f"output={output} holds an unfinished {split.name} whose finished parts are all of other files, or of "
+            f"files that have changed: remove {plan.folder}, or choose another output."
+        )
+    if changed:
+        print(f"{split.name}: {changed} of the finished parts hold files that have changed: made again", flush=True)
     return plan
 
 
@@ -322,7 +355,8 @@ def _make_parts(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options:
     jobs = [_tokenize_job(plan, index, threads, tokenizer, options) for plan, index in places]
     done = sum(plan.parts[index].size or 0 for plan in planned for index in plan.manifests)
     if kept := sum(len(plan.manifests) for plan in planned):
-        print(f"{kept} parts were finished before and are kept", flush=True)
+        every = sum(len(plan.parts) for plan in planned)
+        print(f"{kept} of {every} parts were finished before and are kept", flush=True)
     for index, manifest in _run(jobs, "tokenizing", planned, done, processes, threads, tokenizer, options.tasks):
         plan, part_index = places[index]
         plan.manifests[part_index] = manifest
@@ -331,46 +365,55 @@ def _make_parts(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options:
 def _tokenize_job(
     plan: _PlannedSplit, index: int, threads: int, tokenizer: TextTokenizer, options: PrepareOptions
 ) -> TokenizePart:
+    repeats = repeats_path(plan.repeats_folder, index) if options.finds_duplicates else None
     return TokenizePart(
         part=plan.parts[index],
         folder=plan.part_folder(index),
         dtype=options.dtype or dtype_for(tokenizer.vocab_size),
         tokens_per_file=options.tokens_per_file,
-        preparation=plan.settings | {"part": [index, len(plan.parts)]},
+        preparation=plan.part_settings | {"part": plan.parts[index].identity, "repeats": _digest_of(repeats)},
         filters=options.filters,
-        repeats=repeats_path(plan.duplicates_folder, index) if options.finds_duplicates else None,
+        repeats=repeats,
         on_error=options.on_error,
         threads=threads,
     )
 
 
 def _find_duplicates(planned: list[_PlannedSplit], tokenizer: TextTokenizer, options: PrepareOptions) -> None:
-    """Hash the parts of this task, and, once all parts are hashed, find what each has to leave out."""
+    """Hash the parts of this task, and, once all parts are hashed, find what each has to leave out.
+
+    Finished parts that have left out something else, as a file of another part was repaired since, are made again.
+    """
     jobs: list[Job] = []
     for plan in planned:
-        folder = plan.duplicates_folder
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        with writing(plan.folder):
+            (plan.folder / DUPLICATES_NAME).mkdir(parents=True, exist_ok=True)
         for index, part in enumerate(plan.parts):
-            if index % options.tasks == options.task and not hashes_path(folder, index).exists():
-                jobs.append(HashPart(cast(Part, part), folder, index))  # token files have no filters
+            path = plan.hashes_path(index)
+            if index % options.tasks == options.task and not path.exists():
+                jobs.append(HashPart(cast(Part, part), path))  # token files have no filters
     processes, threads = _processes_and_threads(options, len(jobs), SMALL)
-    for _ in _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks):
-        pass
+    _run(jobs, "looking for duplicates", planned, 0, processes, threads, tokenizer, options.tasks)
     for plan in planned:
-        folder = plan.duplicates_folder
-        missing = sum(not hashes_path(folder, index).exists() for index in range(len(plan.parts)))
+        hashes = [plan.hashes_path(index) for index in range(len(plan.parts))]
+        missing = sum(not path.exists() for path in hashes)
         if missing:
             raise WaitingForTasks(
                 f"task {options.task} of {options.tasks} has hashed its parts, other tasks {missing} parts of "
                 f"{plan.split.name} not yet: give the same command again when they have."
             )
-        find_repeats(folder, len(plan.parts))
+        find_repeats(hashes, plan.repeats_folder)
+        for index, manifest in list(plan.manifests.items()):
+            if manifest.preparation["repeats"] != _digest_of(repeats_path(plan.repeats_folder, index)):
+                del plan.manifests[index]
+
+
+def _digest_of(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _remove_duplicates(split: Path) -> None:
-    for folder in split.glob(f"{DUPLICATES_NAME}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(split / DUPLICATES_NAME, ignore_errors=True)
 
 
 def _run(
@@ -382,10 +425,10 @@ def _run(
     threads: int,
     tokenizer: TextTokenizer,
     tasks: int,
-) -> Iterator[tuple[int, Any]]:
-    """Run `jobs` behind a progress bar over the whole source."""
+) -> list[tuple[int, Any]]:
+    """Run `jobs` behind a progress bar over the whole source; returns (index, result) as they ended."""
     if not jobs:
-        return
+        return []
     sizes = [part.size for plan in planned for part in plan.parts]
     total = None if None in sizes or tasks > 1 else sum(size or 0 for size in sizes)
     with progress_bar(label, total, planned[0].split.unit) as bar:
@@ -399,7 +442,7 @@ def _run(
             bar.update(read)
 
         make = functools.partial(TextTokenizer, tokenizer.content, tokenizer.name, tokenizer.eos_token)
-        yield from run_jobs(jobs, make, processes=processes, threads=threads, report=report)
+        return list(run_jobs(jobs, make, processes=processes, threads=threads, report=report))
 
 
 def _processes_and_threads(options: PrepareOptions, jobs: int, work: int) -> tuple[int, int]:

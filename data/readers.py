@@ -182,7 +182,9 @@ def _text_of(line: bytes, field: str) -> str | Broken:
         return Broken("not UTF-8", f"not UTF-8 ({error.reason} at byte {error.start}).")
     except (ValueError, RecursionError) as error:
         return Broken("not JSON", f"not JSON ({error}).")
-    return _checked(row.get(field) if isinstance(row, dict) else None, field)
+    if not isinstance(row, dict):
+        return Broken("no text", f"no JSON object: each line is to be one, with its text in the field `{field}`.")
+    return _checked(row.get(field), field)
 
 
 def _checked(text: object, field: str) -> str | Broken:

@@ -21,8 +21,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from data.hub_datasets import HuggingFaceDataset
 from data.shards import DataError
-from data.sources import Embedded, Files, HuggingFaceDataset, Source, Split, TokenFiles
+from data.sources import Embedded, Files, Source, Split, TokenFiles
 
 SINGLE_SOURCES: dict[str, type[Source]] = {
     "files": Files,

@@ -229,11 +229,15 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def check_one_source(shards_dir: Path) -> None:
-    """Raise `DataError` when `shards_dir` is no shards directory but holds those of several sources."""
-    inside = sorted(str(path.parent) for path in shards_dir.glob("*/train"))
-    if inside and not (shards_dir / "train").exists():
+def check_shards_dir(shards_dir: Path) -> None:
+    """Raise `DataError` when `shards_dir` is no shards directory but holds several, or lies inside of one."""
+    if (shards_dir / "train").exists():
+        return
+    if inside := sorted(str(path.parent) for path in shards_dir.glob("*/train")):
         raise DataError(f"{shards_dir} holds the shards of several sources: name each, {', '.join(inside)}.")
+    for outer in shards_dir.absolute().parents[:2]:
+        if (outer / "train" / MANIFEST_NAME).exists():
+            raise DataError(f"{shards_dir} is inside a shards directory: name that, {outer}.")
 
 
 def validation_domains(shards_dir: str | Path) -> list[str]:

@@ -1,27 +1,30 @@
-"""Where text comes from: files, Hugging Face `datasets`, the embedded corpus, token files of other tools.
+"""Where text comes from: files, the embedded corpus, token files of other tools; `data.hub_datasets` has one more.
 
 In: the `source` group of scripts/prepare_data.py. Out: splits, each with settings that identify its text, and cut into
 parts: the unit that one process prepares, and that is kept when a preparation is interrupted. `splits()` is cheap and
-reads no text, so that settings are compared before any work. How a split is cut depends on the source alone, never on
-the machine: so the result does not either.
+reads no text but the ends of files, so that settings are compared before any work. How a split is cut depends on the
+source alone, never on the machine: so the result does not either.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from data.embedded import DOMAINS, build_corpus
-from data.readers import COMPRESSIONS, FORMATS, PLAIN_TEXT, Broken, Item, Piece, cut_file, file_format, read_piece
+from data.readers import COMPRESSIONS, FORMATS, PLAIN_TEXT, Item, Piece, cut_file, file_format, read_piece
 from data.shards import DataError
 
 TOKEN_SUFFIXES = (".npy", ".bin")
 TRAIN = "train"
+END_BYTES = 2**16  # of the head and of the tail of a file, which tell it from another of its name and size
 _TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")  # words in the names of files
 _HELD_OUT = re.compile(r"(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
 
@@ -33,16 +36,62 @@ class Part(Protocol):
     def size(self) -> int | None:
         """In the unit of the split; None when unknown."""
 
+    @property
+    def identity(self) -> list[Any]:
+        """JSON values that tell its text, read with the settings of its split, from any other."""
+
     def read(self) -> Iterator[Item]:
-        """Documents in order, and what is broken between them, each with how far into the part it ends."""
+        """Documents in order, and what is broken between them, each with how far into the part it ends.
+
+        Raises `DataError` when the text is no longer that of `identity`.
+        """
 
 
 @dataclass(frozen=True)
-class TokenFile:
-    """A part that is tokenized already: raw little-endian ids, taken as they are."""
+class SourceFile:
+    """A file as it was when the command began.
+
+    Size and name do not tell a file that was got again, after a copy that was cut short or filled with zeros in
+    advance, from the one before, and times change with every copy. The ends do: the last bytes of an archive are the
+    checksum of all of it, those of Parquet describe it.
+    """
 
     path: str
+    name: str  # below the folder that all files of the split have in common: the same wherever that lies
     size: int
+    ends: str  # digest of the first and last `END_BYTES`; of a file that cannot be read ""
+
+    @classmethod
+    def found(cls, path: Path, name: str) -> SourceFile:
+        """The file at `path` as it is now."""
+        size = path.stat().st_size
+        try:
+            with open(path, "rb") as file:
+                digest = hashlib.sha256(file.read(END_BYTES))
+                file.seek(max(END_BYTES, size - END_BYTES))
+                digest.update(file.read(END_BYTES))
+        except OSError:  # reading it will say so
+            return cls(str(path), name, size, "")
+        return cls(str(path), name, size, digest.hexdigest()[:16])
+
+    @property
+    def identity(self) -> list[Any]:
+        """Name, size and ends, as JSON values."""
+        return [self.name, self.size, self.ends]
+
+    def check(self) -> None:
+        """Raise `DataError` unless the file is still the same."""
+        try:
+            same = SourceFile.found(Path(self.path), self.name).identity == self.identity
+        except OSError:
+            same = False
+        if not same:
+            raise DataError(f"{self.path} has changed since the command began: give the same command again.")
+
+
+@dataclass(frozen=True)
+class TokenFile(SourceFile):
+    """A part that is tokenized already: raw little-endian ids, taken as they are."""
 
 
 @dataclass
@@ -50,7 +99,9 @@ class Split:
     """One token dataset to be: `train` or `validation/DOMAIN`, with several sources below the name of each."""
 
     name: str
-    settings: dict[str, Any]  # JSON values that identify the text; where it lies is not among them
+    # JSON values that identify the text; where it lies is not among them. `files`, where there are any, are compared
+    # part by part: of an unfinished split, parts are kept whose own files are the same.
+    settings: dict[str, Any]
     parts: Callable[[], Sequence[Part] | Sequence[TokenFile]]
     unit: str = "B"  # of the sizes of parts: "B" bytes of the source, "doc" documents
 
@@ -69,19 +120,24 @@ class Source(Protocol):
 class FilePart:
     """Pieces of files that make one part."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[tuple[Piece, SourceFile], ...]  # each with the file that it is of
     text_field: str
     plain_text: str
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
+        return sum(piece.size for piece, _ in self.pieces)
+
+    @property
+    def identity(self) -> list[Any]:
+        return [[*file.identity, piece.start, piece.stop] for piece, file in self.pieces]
 
     def read(self) -> Iterator[Item]:
         before = 0
-        for piece in self.pieces:
+        for piece, file in self.pieces:
             for item, position in read_piece(piece, self.text_field, self.plain_text):
                 yield item, before + position
+            file.check()
             before += piece.size
 
 
@@ -89,14 +145,21 @@ def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iter
     """Files of a folder that are `known` by their names, or all files that a path or a glob (with ** too) names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _alike(sorted(entry for entry in folder.iterdir() if entry.is_file() and known(entry)), key)
-    found = sorted(Path(name) for name in glob.glob(str(folder), recursive=True) if os.path.isfile(name))
+        return _alike(sorted(entry for entry in folder.iterdir() if known(entry) and _is_file(entry)), key)
+    found = sorted(path for path in map(Path, glob.glob(str(folder), recursive=True)) if _is_file(path))
     if not found:
         raise DataError(f"{key}={path} is no folder and no file, and no file matches it: give a folder, file or glob.")
     for entry in found:
         if not known(entry):
             raise DataError(f"{key}={path} names {entry}, whose suffix is unknown: use {', '.join(suffixes)}.")
     return found
+
+
+def _is_file(path: Path) -> bool:
+    """Whether `path` is a file. Raises `DataError` for a link to nothing, which is text that would be missing."""
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to what does not exist: bring that back, or remove the link.")
+    return path.is_file()
 
 
 def _alike(paths: list[Path], key: str) -> list[Path]:
@@ -118,8 +181,8 @@ def _alike(paths: list[Path], key: str) -> list[Path]:
 
 def _split_files(
     path: str, validation: str | None, known: Callable[[Path], bool], suffixes: Iterable[str]
-) -> list[tuple[str, list[Path], list[str]]]:
-    """(split name, its files, their names below the source) of a source of files, `train` last.
+) -> list[tuple[str, list[SourceFile]]]:
+    """(split name, its files) of a source of files, `train` last.
 
     Validation domains are the files and subfolders of the folder `validation`, by default the one inside `path`.
     """
@@ -132,9 +195,9 @@ def _split_files(
         raise DataError(f"source.validation={validation} is not a folder: give one with a file or folder a domain.")
     for entry in sorted(folder.iterdir()) if folder.is_dir() else []:
         if entry.is_dir():
-            files = [e for e in sorted(entry.rglob("*")) if e.is_file() and known(e)]
+            files = [e for e in sorted(entry.rglob("*")) if known(e) and _is_file(e)]
         else:
-            files = [entry] if known(entry) else []
+            files = [entry] if known(entry) and _is_file(entry) else []
         name = f"validation/{entry.name if entry.is_dir() else entry.name.split('.')[0]}"
         if files and name in found:
             raise DataError(
@@ -143,13 +206,14 @@ def _split_files(
         if files:
             found[name] = files
     found[TRAIN] = train
-    return [(name, files, _names(files)) for name, files in found.items()]
+    return [(name, found_files(files)) for name, files in found.items()]
 
 
-def _names(files: list[Path]) -> list[str]:
-    """The files' names below the folder that they have in common: the same wherever that lies."""
-    common = os.path.commonpath([file.parent for file in files])
-    return [os.path.relpath(file, common) for file in files]
+def found_files(paths: list[Path]) -> list[SourceFile]:
+    """The files of a split as they are now."""
+    common = os.path.commonpath([path.absolute().parent for path in paths])
+    with ThreadPoolExecutor(16) as threads:  # a network file system takes its time for each
+        return list(threads.map(lambda path: SourceFile.found(path, os.path.relpath(path, common)), paths))
 
 
 @dataclass
@@ -173,24 +237,23 @@ class Files:
             for found in _split_files(self.path, self.validation, _is_text, [*FORMATS, *COMPRESSIONS])
         ]
 
-    def _split(self, name: str, paths: list[Path], names: list[str]) -> Split:
-        sizes = [path.stat().st_size for path in paths]
-        settings = {"kind": "files", "files": [[n, size] for n, size in zip(names, sizes, strict=True)]}
+    def _split(self, name: str, files: list[SourceFile]) -> Split:
+        settings = {"kind": "files", "files": [file.identity for file in files]}
         settings |= {f.name: getattr(self, f.name) for f in fields(self)[2:]}
-        return Split(name, settings, lambda: self._parts(paths))
+        return Split(name, settings, lambda: self._parts(files))
 
-    def _parts(self, paths: list[Path]) -> list[FilePart]:
+    def _parts(self, files: list[SourceFile]) -> list[FilePart]:
         """Pieces of all files, gathered to parts of about equal size, at most `part_megabytes` unless one piece is."""
         limit = max(1, int(self.part_megabytes * 1e6))
-        pieces = [piece for path in paths for piece in cut_file(path, limit)]
-        total = sum(piece.size for piece in pieces)
+        pieces = [(piece, file) for file in files for piece in cut_file(Path(file.path), limit)]
+        total = sum(piece.size for piece, _ in pieces)
         target = total / max(1, -(-total // limit))
-        gathered: list[list[Piece]] = [[]]
+        gathered: list[list[tuple[Piece, SourceFile]]] = [[]]
         before = 0
-        for piece in pieces:
+        for piece, file in pieces:
             if gathered[-1] and before + piece.size / 2 > len(gathered) * target:
                 gathered.append([])
-            gathered[-1].append(piece)
+            gathered[-1].append((piece, file))
             before += piece.size
         return [FilePart(tuple(group), self.text_field, self.plain_text) for group in gathered]
 
@@ -216,108 +279,9 @@ class TokenFiles:
         return [self._split(*entry) for entry in found]
 
     @staticmethod
-    def _split(name: str, paths: list[Path], names: list[str]) -> Split:
-        parts = [TokenFile(str(path.absolute()), path.stat().st_size) for path in paths]
-        files = [[n, part.size] for n, part in zip(names, parts, strict=True)]
-        return Split(name, {"kind": "token_files", "files": files}, lambda: parts)
-
-
-@dataclass(frozen=True)
-class DatasetPart:
-    """One of `count` runs of the files of a streamed dataset, or with a `limit` the first documents of all."""
-
-    name: str
-    config: str | None
-    revision: str | None
-    split: str
-    text_field: str
-    index: int
-    count: int
-    limit: int | None
-
-    @property
-    def size(self) -> int | None:
-        return self.limit
-
-    @property
-    def where(self) -> str:
-        return f"source.name={self.name} (config {self.config}, split {self.split})"
-
-    def open(self) -> Any:
-        """The `datasets.IterableDataset` of the whole split. Raises `DataError`."""
-        import datasets
-
-        try:
-            return datasets.load_dataset(
-                self.name, self.config, split=self.split, revision=self.revision, streaming=True
-            )
-        except Exception as error:  # offline, unknown name, config or split, unreadable files: one exception each
-            raise DataError(f"{self.where} cannot be opened: {_one_line(error)}") from error
-
-    def read(self) -> Iterator[Item]:
-        stream = self.open()
-        place = self.where if self.count == 1 else f"{self.where}, shard {self.index + 1} of {self.count}"
-        number = 0
-        try:
-            stream = stream if self.count == 1 else stream.shard(self.count, self.index)
-            for row in stream if self.limit is None else stream.take(self.limit):
-                number += 1
-                text = row.get(self.text_field)
-                if isinstance(text, str):
-                    yield text, number
-                else:
-                    remedy = f"choose source.text_field from {', '.join(row)}."
-                    message = f"{place}, document {number}: no string field {self.text_field}: {remedy}"
-                    yield Broken("no text", message), number
-        except Exception as error:  # from the network, a decoder or a parser, after any number of retries inside
-            message = f"{place}, after document {number}: cannot be read: {_one_line(error)}"
-            yield Broken("unreadable file", message), number
-
-
-@dataclass
-class HuggingFaceDataset:
-    """Any text dataset the `datasets` library can stream, by hub name or local path."""
-
-    name: str
-    config: str | None = None
-    revision: str | None = None
-    split: str = TRAIN
-    validation_split: str | None = None
-    text_field: str = "text"
-    max_documents: int | None = None
-    max_validation_documents: int | None = None
-
-    def splits(self) -> list[Split]:
-        """The training split, and the validation split as a domain named after the dataset."""
-        for key in ("max_documents", "max_validation_documents"):
-            limit = getattr(self, key)
-            if limit is not None and limit < 1:
-                raise DataError(f"source.{key}={limit} leaves no text: use null (all) or at least 1.")
-        splits = []
-        if self.validation_split is not None:
-            domain = self.name.rstrip("/").rsplit("/", 1)[-1]
-            splits.append(self._split(f"validation/{domain}", self.validation_split, self.max_validation_documents))
-        return [*splits, self._split(TRAIN, self.split, self.max_documents)]
-
-    def _split(self, name: str, split: str, limit: int | None) -> Split:
-        settings: dict[str, Any] = {"kind": "datasets", "name": self.name, "config": self.config, "split": split}
-        settings |= {"revision": self.revision, "text_field": self.text_field, "max_documents": limit}
-        return Split(name, settings, lambda: self._parts(split, limit), unit="doc")
-
-    def _parts(self, split: str, limit: int | None) -> list[DatasetPart]:
-        """A part for each file of the dataset; with a limit one, since only a reader of all counts documents."""
-
-        def part(index: int, count: int) -> DatasetPart:
-            return DatasetPart(self.name, self.config, self.revision, split, self.text_field, index, count, limit)
-
-        count = 1 if limit is not None else part(0, 1).open().num_shards
-        return [part(index, count) for index in range(count)]
-
-
-def _one_line(error: Exception) -> str:
-    """What an exception of another library says, in one line of bearable length."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    return message if len(message) <= 300 else message[:297] + "..."
+    def _split(name: str, files: list[SourceFile]) -> Split:
+        parts = [TokenFile(os.path.abspath(file.path), file.name, file.size, file.ends) for file in files]
+        return Split(name, {"kind": "token_files", "files": [file.identity for file in files]}, lambda: parts)
 
 
 @dataclass

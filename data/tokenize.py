@@ -157,7 +157,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    held = list(texts)  # read here: a signal that comes while the library's threads read has to wait for their end
+    tokenizer.train_from_iterator(held, trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise DataError(
             f"tokenizer_vocab_size={vocab_size} is too large for this text, which gives "

@@ -97,6 +97,7 @@ class TokenizePart:
             (self.folder / SKIPPED_NAME).write_text(f"{error}\n", encoding="utf-8")
             broken["token file"] = 1
         else:
+            file.check()
             link = self.folder / f"00000{path.suffix}"
             link.unlink(missing_ok=True)
             link.symlink_to(path)

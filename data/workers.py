@@ -9,12 +9,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, cast
 
+from data.interruption import signals_blocked
 from data.shards import DataError
 from data.tokenize import TextTokenizer
 
@@ -47,11 +47,11 @@ def run_jobs(
     workers = {}
     try:
         for _ in range(min(processes, len(jobs))):
-            here, there = context.Pipe()
-            process = context.Process(target=_work, args=(there, tokenizer, threads), daemon=True)
-            process.start()
-            there.close()  # the worker holds the only other end, so its death is seen here
-            workers[here] = process
+            with signals_blocked():  # the parent alone hears of Ctrl-C or a scheduler's signal, and ends its workers
+                here, there = context.Pipe()
+                workers[here] = context.Process(target=_work, args=(there, tokenizer, threads), daemon=True)
+                workers[here].start()
+                there.close()  # the worker holds the only other end, so its death is seen here
         waiting = iter(enumerate(jobs))
         for pipe in list(workers):
             pipe.send(next(waiting))
@@ -78,12 +78,11 @@ def run_jobs(
                         workers.pop(pipe).join()
     finally:
         for process in workers.values():
-            process.terminate()
+            process.kill()
             process.join()
 
 
 def _work(pipe: multiprocessing.connection.Connection, tokenizer: Callable[[], TextTokenizer], threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent alone hears, and ends its workers
     os.environ["RAYON_NUM_THREADS"] = str(threads)  # read by `tokenizers` when it encodes for the first time
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     try:

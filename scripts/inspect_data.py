@@ -28,7 +28,7 @@ from data.shards import (
     Instances,
     TokenDataset,
     TokenStream,
-    check_one_source,
+    check_shards_dir,
     read_manifest,
     validation_domains,
     verify_checksums,
@@ -75,7 +75,7 @@ class Inspection:
             except ValueError:
                 raise DataError(f"{entry} cannot be read: write PATH=WEIGHT with a number, or PATH alone.") from None
             self.roots.append(localized(path if equals else entry, options.cache, print))
-            check_one_source(self.roots[-1])
+            check_shards_dir(self.roots[-1])
         for name, least in (("instances", 0), ("position", 0), ("overlap", 0), ("windows", 0)):
             if getattr(options, name) < least:
                 raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")

@@ -7,7 +7,8 @@ In: a source (`source=files`, `datasets`, `embedded`, `token_files` or `several`
 which `train.py data.path=output` reads. An interrupted command is continued by running it again. `--cfg job` prints the
 configuration and stops.
 
-A mistake of the user is one sentence on standard error and exit status 2; a task that waits for others exits with 3.
+A mistake of the user is one sentence on standard error and exit status 2; a task that waits for others exits with 3;
+SIGTERM, SIGINT and SIGUSR1 end it with 143, 130 and 138.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.interruption import Interrupted, interruptible
 from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
 from data.several_sources import SINGLE_SOURCES, SeveralSources
 from data.shards import DataError, host_lock
@@ -155,7 +157,7 @@ def _data_overrides(source: Source, output: str) -> list[str]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done, 2 a mistake of the user or bad data, 3 other tasks have to end first, 130 interrupted."""
+    """Exit status: 0 done, 2 a mistake of the user or bad data, 3 other tasks have to end first, 128 + a signal."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         print((CONFIGS / "prepare_data.yaml").read_text(encoding="utf-8"))
@@ -175,11 +177,13 @@ def main(arguments: list[str]) -> int:
     except WaitingForTasks as waiting:
         print(waiting, file=sys.stderr)
         return WAITING
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again; it keeps the parts that are finished.", file=sys.stderr)
-        return 130
+    except Interrupted as interrupted:
+        print(f"{interrupted}: stopped. The same command continues, and keeps all finished parts.", file=sys.stderr)
+        return interrupted.status
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with interruptible():
+        status = main(sys.argv[1:])
+    sys.exit(status)

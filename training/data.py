@@ -16,7 +16,7 @@ from data.shards import (
     DataError,
     Instances,
     TokenDataset,
-    check_one_source,
+    check_shards_dir,
     validation_domains,
     verify_checksums_once,
 )
@@ -33,7 +33,7 @@ def open_stream(config: Config, say: Callable[[str], None] = lambda line: None) 
     datasets: list[Instances] = []
     for path in data.paths:
         root = _root(data, path, say)
-        check_one_source(root)
+        check_shards_dir(root)
         folder = root / "train"
         if not folder.is_dir():
             command = f"\n  {data.prepare}" if data.prepare else " scripts/prepare_data.py"

@@ -29,9 +29,9 @@ def test_every_document_after_its_first_is_named(
         write_c4(tmp_path / "in" / f"{i}.json.gz", ["", *texts[20 * i : 20 * i + 20]])  # an empty text has no number
     parts = Files(str(tmp_path / "in"), part_megabytes=part_megabytes).splits()[-1].parts()
     for index, part in enumerate(parts):
-        HashPart(part, tmp_path, index).run(tokenizer, lambda read, tokens: None)  # type: ignore[arg-type]
-    find_repeats(tmp_path, len(parts))
-    repeats = [np.load(repeats_path(tmp_path, index)).tolist() for index in range(len(parts))]
+        HashPart(part, tmp_path / f"{index}.npy").run(tokenizer, lambda *_: None)  # type: ignore[arg-type]
+    find_repeats([tmp_path / f"{index}.npy" for index in range(len(parts))], tmp_path / "repeats")
+    repeats = [np.load(repeats_path(tmp_path / "repeats", index)).tolist() for index in range(len(parts))]
     documents = 100 // len(parts)
     found = [index * documents + number for index, numbers in enumerate(repeats) for number in numbers]
     assert len(parts) == (5 if part_megabytes < 1 else 1)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,58 @@ def test_finished_parts_are_kept_and_the_others_made_again(
     assert contents(output) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("filters", [[], FILTERS], ids=["", "duplicates"])
+def test_after_a_file_was_repaired_only_what_it_changed_is_made_again(
+    many_files: Path, tmp_path: Path, saved: TokenizerRequest, filters: list, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(output: Path) -> dict[str, Manifest]:
+        options = PrepareOptions(workers=1, on_error="skip", filters=filters)
+        return prepare(Files(str(many_files), part_megabytes=1e-6), saved, output, options)
+
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    prepared(whole)
+    path = many_files / "0.json.gz"  # the last file repeats a text of this one
+    content = path.read_bytes()
+    path.write_bytes(content[:-200])
+    assert prepared(output)["train"].broken == {"damaged archive": 1}
+    (output / "train" / "manifest.json").unlink()  # as if it had been interrupted before
+    path.write_bytes(content)
+    times = {path: path.stat().st_mtime_ns for path in sorted((output / "train").glob("*/manifest.json"))}
+    capsys.readouterr()
+    prepared(output)
+    assert "train: 1 of the finished parts hold files that have changed: made again" in capsys.readouterr().out
+    assert len(times) == 6
+    assert [path.parent.name for path, time in times.items() if path.stat().st_mtime_ns != time] == (
+        ["00000", "00005"] if filters else ["00000"]
+    )
+    assert contents(output) == contents(whole)
+
+
+def test_a_dataset_that_moved_on_since_the_interruption_is_refused(
+    tmp_path: Path, c4_folder: Path, saved: TokenizerRequest
+) -> None:
+    @dataclass
+    class Moving(Files):
+        """Files that stand for those of a dataset at a commit."""
+
+        revision: str = "a"
+
+    def prepared(revision: str) -> dict[str, Manifest]:
+        source = Moving(str(c4_folder / "*.gz"), part_megabytes=PART, revision=revision)
+        return prepare(source, saved, tmp_path / "out", PrepareOptions(workers=1))
+
+    prepared("a")
+    (tmp_path / "out" / "train" / "manifest.json").unlink()
+    before = contents(tmp_path / "out")
+    sentence = (
+        r"a part of .* another source \(revision a, now b\): add source\.revision=a to go on with that text, remove"
+    )
+    with pytest.raises(DataError, match=sentence):
+        prepared("b")
+    assert contents(tmp_path / "out") == before
+    prepared("a")
+
+
 def test_processes_and_tasks_give_the_bytes_of_one_process(
     many_files: Path, tmp_path: Path, saved: TokenizerRequest
 ) -> None:
@@ -208,7 +261,7 @@ def test_a_domain_added_later_is_added_to_the_output(c4_folder: Path, tmp_path: 
 
 
 def test_output_with_other_settings_is_refused_before_any_work(
-    c4_folder: Path, tmp_path: Path, write_c4: Callable
+    c4_folder: Path, tmp_path: Path, write_c4: Callable, texts: list[str]
 ) -> None:
     output = tmp_path / "out"
     run(c4_folder, output)
@@ -219,14 +272,16 @@ def test_output_with_other_settings_is_refused_before_any_work(
         run(c4_folder, output, tokens_per_file=501)
     with pytest.raises(DataError, match="made with another dtype and another filters"):
         run(c4_folder, output, dtype="uint32", filters=FILTERS)
-    write_c4(c4_folder / "part.2.json.gz", ["one more"])
+    write_c4(c4_folder / "part.0.json.gz", texts[30:])
+    write_c4(c4_folder / "part.1.json.gz", texts[:30])
     with pytest.raises(DataError, match="finished train made with another source"):
         run(c4_folder, output)
     (output / "train" / "manifest.json").unlink()
     del before["train/manifest.json"]
-    with pytest.raises(DataError, match="holds a part of an unfinished train made with another source"):
+    with pytest.raises(
+        DataError, match=r"unfinished train whose finished parts are all of other files, .*train, or choose"
+    ):
         run(c4_folder, output)
-    (c4_folder / "part.2.json.gz").unlink()
     (c4_folder / "validation" / "news.json.gz").unlink()
     with pytest.raises(DataError, match="finished validation/news which this source does not have"):
         run(c4_folder, output)

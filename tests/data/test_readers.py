@@ -91,7 +91,7 @@ def test_plain_text_is_a_document_a_file_a_paragraph_or_a_line(tmp_path: Path) -
         (GOOD + b'{"url": "x"}\n', "no text", "line 2: no string field `text`"),
         (b'{"text": null}\n', "no text", "line 1: no string field `text`"),
         (b'{"text": 3}\n' + GOOD, "no text", "line 1: no string field `text`"),
-        (b'["text"]\n', "no text", "line 1: no string field `text`"),
+        (b'["text"]\n', "no text", "line 1: no JSON object: each line is to be one"),
         (GOOD + b'{"text": "half a pair \\ud83d"}\n', "not UTF-8", "line 2: `text` is not valid Unicode"),
         (b"\n \n", "empty file", "holds no documents"),
     ],

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data.hub_datasets import HuggingFaceDataset
 from data.readers import Broken
 from data.several_sources import SeveralSources
 from data.shards import DataError
-from data.sources import Files, HuggingFaceDataset, Split, TokenFile, TokenFiles
+from data.sources import Files, Split, TokenFile, TokenFiles
 
 
 def texts_of(split: Split) -> list[str | Broken]:
@@ -42,7 +45,7 @@ def test_globs_files_and_domain_folders_are_found(tmp_path: Path, write_c4: Call
     a, b, train = source.splits()
     assert (a.name, b.name) == ("validation/a", "validation/b")
     assert (len(texts_of(a)), len(texts_of(b)), len(texts_of(train))) == (3, 6, 60)
-    assert [name for name, _ in train.settings["files"]][:2] == ["year0/0.json.gz", "year0/2.json.gz"]
+    assert [name for name, *_ in train.settings["files"]][:2] == ["year0/0.json.gz", "year0/2.json.gz"]
     assert texts_of(Files(str(tmp_path / "year1" / "3.json.gz")).splits()[-1]) == texts[30:40]
     assert len(texts_of(Files(str(tmp_path / "year*" / "**")).splits()[-1])) == 60
 
@@ -81,6 +84,11 @@ def test_mistakes_with_files_are_refused_by_name(tmp_path: Path, c4_folder: Path
         Files(str(tmp_path)).splits()
     with pytest.raises(DataError, match="nothing is no folder and no file, and no file matches it"):
         Files(str(tmp_path / "nothing")).splits()
+    (c4_folder / "part.2.json.gz").symlink_to("elsewhere.json.gz")
+    for path in (c4_folder, c4_folder / "*.gz"):
+        with pytest.raises(DataError, match=r"part\.2\.json\.gz is a link to what does not exist: bring that back"):
+            Files(str(path)).splits()
+    (c4_folder / "part.2.json.gz").unlink()
     (c4_folder / "README").write_text("x")
     with pytest.raises(DataError, match=r"names .*README, whose suffix is unknown"):
         Files(str(c4_folder / "*")).splits()
@@ -139,9 +147,36 @@ def test_a_dataset_of_c4s_layout_is_streamed_in_one_part_a_file(hub_layout: Path
     assert part.size == 25
 
 
+def test_what_is_read_of_the_hub_is_one_commit(
+    hub_layout: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    commit, local, opened = "0123456789abcdef" * 2 + "01234567", str(hub_layout), []
+
+    def builder(name: str, config: str, revision: str | None) -> SimpleNamespace:
+        files = [f"hf://datasets/{name}@{commit}/en/c4-train.{i:05d}-of-00003.json.gz" for i in range(3)]
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+
+    load = datasets.load_dataset
+
+    def opening(name: str, *given: str, revision: str | None, **options: object) -> object:
+        opened.append(revision)
+        return load(local, *given, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets, "load_dataset", opening)
+    (split,) = HuggingFaceDataset("allenai/c4", "en").splits()
+    assert split.settings["revision"] == commit
+    assert texts_of(split) == texts
+    assert set(opened) == {commit}
+
+
 def test_mistakes_with_a_dataset_are_one_sentence(hub_layout: Path) -> None:
-    with pytest.raises(DataError, match=r"split test\) cannot be opened") as error:
-        HuggingFaceDataset(str(hub_layout), "en", split="test").splits()[0].parts()
+    with pytest.raises(DataError, match=r"\(config en\) has no split test: choose from train, validation"):
+        HuggingFaceDataset(str(hub_layout), "en", split="test").splits()
+    with pytest.raises(DataError, match=r"\(config fr\) cannot be opened: look at its name.*fr") as error:
+        HuggingFaceDataset(str(hub_layout), "fr").splits()
     assert "\n" not in str(error.value)
     broken = texts_of(HuggingFaceDataset(str(hub_layout), "en", text_field="body").splits()[0])[0]
     assert isinstance(broken, Broken)
@@ -161,7 +196,33 @@ def test_token_files_are_found_by_suffix(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\1\0\2\0")
     validation, train = TokenFiles(str(tmp_path)).splits()
     assert validation.name == "validation/web"
-    assert train.settings == {"kind": "token_files", "files": [["a.npy", 4], ["b.npy", 4]]}
+    assert train.settings["kind"] == "token_files"
+    assert [entry[:2] for entry in train.settings["files"]] == [["a.npy", 4], ["b.npy", 4]]
+
+
+def test_a_file_got_again_is_another_even_if_its_size_is_the_same(c4_folder: Path) -> None:
+    before = Files(str(c4_folder)).splits()[-1].settings
+    path = c4_folder / "part.1.json.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:-8] + bytes(8))  # space was set aside for all of it, and the end is still to come
+    assert Files(str(c4_folder)).splits()[-1].settings != before
+    path.write_bytes(content)
+    os.utime(path, (0, 0))
+    assert Files(str(c4_folder)).splits()[-1].settings == before
+
+
+@pytest.mark.parametrize("change", ["cut", "removed"])
+def test_a_file_that_changes_while_it_is_read_stops_its_part(c4_folder: Path, texts: list[str], change: str) -> None:
+    path = c4_folder / "part.1.json.gz"
+    (part,) = Files(str(c4_folder)).splits()[-1].parts()
+    items = part.read()  # type: ignore[union-attr]
+    assert [next(items)[0] for _ in texts] == texts
+    if change == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    with pytest.raises(DataError, match=r"part\.1\.json\.gz has changed since the command began: give the same"):
+        list(items)
 
 
 def test_several_sources_come_by_name_with_their_weights(tmp_path: Path, c4_folder: Path, write_c4: Callable) -> None:

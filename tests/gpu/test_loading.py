@@ -35,6 +35,10 @@ def test_a_step_with_document_masks_takes_pinned_batches_and_never_waits(packing
             assert part.inputs.is_pinned()
             assert part.targets.is_pinned()
             assert part.cu_seqlens.is_pinned()
+            copied = part.to(world.device)
+            for name in ("inputs", "targets", "cu_seqlens"):
+                assert getattr(copied, name).is_cuda
+                assert torch.equal(getattr(copied, name).cpu(), getattr(part, name))
         for batch in batches[:3]:  # shapes of boundaries differ: what compiles has compiled
             trainer._step(batch)
         torch.cuda.synchronize()

@@ -113,3 +113,15 @@ def test_a_mistake_is_one_sentence(arguments, message, folder, capsys):
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_folder_inside_of_a_shards_directory_is_named_with_that_directory(tmp_path, capsys, monkeypatch):
+    write_shards(tmp_path / "shards")
+    for inside in ("train", "validation", "validation/books"):
+        (tmp_path / "shards" / inside).mkdir(parents=True, exist_ok=True)
+        assert main([str(tmp_path / "shards" / inside)]) == 2
+        sentence = f"{tmp_path}/shards/{inside} is inside a shards directory: name that, {tmp_path}/shards."
+        assert capsys.readouterr().err == f"error: {sentence}\n"
+    monkeypatch.chdir(tmp_path / "shards" / "train")
+    assert main(["."]) == 2
+    assert capsys.readouterr().err == f"error: . is inside a shards directory: name that, {tmp_path}/shards.\n"

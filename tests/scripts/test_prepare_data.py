@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from data.shards import TokenDataset, read_manifest, validation_domains
+from data.tokenize import train_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 
@@ -127,12 +131,49 @@ def test_the_same_command_given_twice_at_one_time_waits_and_finds_the_work_done(
     assert "train: finished before" in capsys.readouterr().out
 
 
-def test_an_interruption_says_how_to_continue(
-    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(config: object) -> None:
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_ends_it_with_one_line_and_the_same_command_continues(name: str, tmp_path: Path) -> None:
+    folder, shards = tmp_path / "text", tmp_path / "shards"
+    folder.mkdir()
+    for part in range(4):
+        rows = [json.dumps({"text": f"{part} {i} the quick brown fox " * 40}) for i in range(2000)]
+        (folder / f"{part}.jsonl").write_text("\n".join(rows))
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(train_tokenizer(["the quick brown fox"], 260).content)
+    command = [sys.executable, str(SCRIPT), "source=files", f"source.path={folder}", f"tokenizer={tokenizer}"]
+    command += [f"output={shards}", "source.part_megabytes=2", "workers=2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        while not (finished := list(shards.glob("train/*/manifest.json"))):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.Signals[name])  # to the workers too, as a terminal and a scheduler do
+        errors = process.communicate()[1]  # to its end, so nobody is left who could write to it
+    assert process.returncode == 128 + signal.Signals[name]
+    assert errors.splitlines()[-1] == f"{name} came: stopped. The same command continues, and keeps all finished parts."
+    assert "Traceback" not in errors
+    assert not (shards / "train" / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in finished}
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "parts were finished before and are kept" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in finished} == kept
+    assert read_manifest(shards / "train").documents == 8000
 
-    monkeypatch.setattr(script, "run", interrupted)
-    assert script.main(["source=embedded", "output=somewhere", "tokenizer=train"]) == 130
-    assert "run the same command again" in capsys.readouterr().err
+
+def test_a_signal_ends_the_collection_of_embedded_text_and_all_its_processes(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "source=embedded", "tokenizer=train", f"output={tmp_path / 'shards'}"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **pipes) as process:  # type: ignore[call-overload]
+        said = b""
+        while b"collecting text" not in said:
+            said += process.stderr.read1()
+            assert process.poll() is None, said
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(children.read_text().split()) < 2:  # one of them watches over shared memory
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1].decode()  # to its end, so nobody is left who could write to it
+    assert process.returncode == 130
+    assert "SIGINT came: stopped" in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "shards" / "train").exists()
