@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from data.shards import DataError
+from models.config import ConfigError
+from training.config import TrainingError
 
 _jobs = itertools.count()
 
@@ -58,6 +62,19 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
+
+    def from_main(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on rank 0, on every rank; so with what it raises for the user."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = act(), None
+            except (ConfigError, DataError, TrainingError) as error:
+                outcome = None, error
+        value, mistake = self.broadcast(outcome)
+        if mistake is not None:
+            raise mistake
+        return value
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over ranks."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,9 @@ from training.config import CheckpointConfig
 from training.distributed import World
 from training.skip import SpikeFilter
 from training.storage import ChecksummedWriter, first_difference
+from training.watchdog import UNWATCHED, Watch
+
+WAIT_SECONDS = 0.5  # between looks at a write that training waits for
 
 
 class CheckpointSaver:
@@ -54,13 +58,15 @@ class CheckpointSaver:
         world: World,
         config: CheckpointConfig,
         say: Callable[[str], None],
+        watch: Watch = UNWATCHED,
     ) -> None:
-        """`say` takes a line for the user on the main rank."""
+        """`say` takes a line for the user on the main rank; `watch` hears of the write when training waits for it."""
         self.run_dir, self.config = run_dir, config
         self.saved_step = 0  # step of the newest checkpoint that was committed or loaded
         self.failure: str | None = None  # why the last save came to nothing
         self._parts = (model, optimizer, spikes)
-        self._world, self._say = world, say
+        self._world, self._say, self._watch = world, say, watch
+        self._blocks = 0  # written or read back so far, all saves together
         self._stager = _stager(world.device) if config.asynchronous else None
         # Its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo")
@@ -131,6 +137,7 @@ class CheckpointSaver:
         if self._writing is None:
             return self.failure is None
         writing, self._writing = self._writing, None
+        self._await(writing)
         self.failure = writing.result()
         if self.failure is None:
             self.saved_step = self._writing_step
@@ -144,8 +151,21 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """End the writing thread, after what it does; never raises for a save that failed."""
+        if self._writing is not None:
+            self._await(self._writing)
         self._thread.shutdown(wait=True)
         self.close_stager()
+
+    def _await(self, writing: Future[str | None]) -> None:
+        """Wait for the writing thread. What it gets done is progress of the main thread only now, while that waits."""
+        blocks = self._blocks
+        while futures.wait([writing], timeout=WAIT_SECONDS).not_done:
+            if self._blocks != blocks:
+                blocks = self._blocks
+                self._watch.busy()
+
+    def _busy(self) -> None:
+        self._blocks += 1
 
     def _write(self, tensors: dict[str, Any], state: TrainState, delete_old: bool, stalled: float | None) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks."""
@@ -154,13 +174,13 @@ class CheckpointSaver:
         failure = self._together(lambda: _clear(path) if main else None)
         sums: list[dict[str, str]] = []
         if failure is None:
-            writer = ChecksummedWriter(path)
+            writer = ChecksummedWriter(path, self._busy)
             try:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group)
             except dcp.api.CheckpointException as error:  # on all ranks alike
                 failure = next(_one_line(cause) for cause, _ in error.failures.values())
         if failure is None:
-            failure = self._together(lambda: _read_back(path, writer.checksums), writer.checksums, sums)
+            failure = self._together(lambda: _read_back(path, writer.checksums, self._busy), writer.checksums, sums)
         if failure is None:
             failure = self._together(lambda: _commit(path, state, sums) if main else None)
         if not main:
@@ -214,8 +234,8 @@ def _clear(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _read_back(path: Path, checksums: dict[str, str]) -> str | None:
-    name = first_difference(path, checksums, from_disk=True)
+def _read_back(path: Path, checksums: dict[str, str], busy: Callable[[], None]) -> str | None:
+    name = first_difference(path, checksums, busy=busy, from_disk=True)
     return None if name is None else f"{path / name} reads back as something else"
 
 
