@@ -55,6 +55,7 @@ from training.versions import record_versions
 from training.watchdog import Watchdog
 
 NO_DATA = 1000  # above all signals
+CHOICE = "the choice of a checkpoint"
 
 
 def train(config: Config) -> None:
@@ -72,7 +73,7 @@ def train(config: Config) -> None:
         watchdog = Watchdog(world, run_dir, training.hang_factor, training.hang_seconds)
         with watchdog, _explained(config, world):
             if not world.is_main:
-                watchdog.mark("the start of the process")
+                watchdog.mark(CHOICE)  # the main rank comes to it once it has chosen
             # On one rank alone: another could look while a damaged checkpoint is set aside.
             checkpoint = world.from_main(lambda: _take(config, world, stack, watchdog))
             trainer = Trainer(config, world, stop, watchdog, checkpoint)
@@ -91,6 +92,7 @@ def _take(config: Config, world: World, stack: ExitStack, watchdog: Watchdog) ->
     step = 0 if checkpoint is None else read_marker(checkpoint).state.step
     give_up_if_stuck(run_dir, step)
     record_versions(run_dir, world, step)
+    watchdog.mark(CHOICE)
     return checkpoint
 
 
@@ -121,7 +123,6 @@ class Trainer:
         self.garbage = GarbageCollection()
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
         self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
-        watchdog.mark("the choice of a checkpoint")
         self._build_data()
         watchdog.mark("the data")
         check_ranks(world, config, self.run_dir, self.stream.fingerprint)
