@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from data.shards import DataError
 from models.config import ConfigError
 from training.compose import Job, job_config, plan
-from training.config import TrainingError
+from training.config import LostRankError, TrainingError
 from training.preflight import checked
 
 # One voice a host, since shards and GPUs are the host's own: rank 0, and the first rank of other hosts.
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TrainingError) as error:
         say(f"error: {error}")
         time.sleep(0 if SPEAKS else 2)  # torchrun stops all ranks when one ends: let the one that speaks be heard
+        if isinstance(error, LostRankError):
+            return 75
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         say("interrupted: the same command continues the last checkpoint")

@@ -24,6 +24,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on, on all ranks alike. The message is one sentence for the user."""
 
 
+class LostRankError(TrainingError):
+    """Another rank is missing: the same command may succeed."""
+
+
 class RankError(TrainingError):
     """As `TrainingError`, of one rank: the others do not know yet."""
 
