@@ -6,6 +6,8 @@ import random
 import shutil
 import signal
 import time
+from contextlib import suppress
+from pathlib import Path
 
 from scripts.fault_injection.bench import EVERY, MARKER, Bench, Row, last_step
 
@@ -26,7 +28,7 @@ def _killed(bench: Bench, times: int, fault: str, *, asynchronous: bool) -> Row:
         begun, wait = time.monotonic(), chance.uniform(0.2, 2.5)
         before = last_step(name)
         while process.is_alive():
-            unmarked = [p for p in name.glob("checkpoints/step-*") if not (p / MARKER).exists() and any(p.iterdir())]
+            unmarked = _being_written(name)
             if (number % 3 == 0 and unmarked and last_step(name) > before) or (
                 number % 3 and last_step(name) > before and time.monotonic() - begun > wait
             ):
@@ -46,6 +48,16 @@ def _killed(bench: Bench, times: int, fault: str, *, asynchronous: bool) -> Row:
     passed = status == 0 and bench.same(name) and max(lost, default=0) <= bound
     how = f"SIGKILL, {inside} of them inside a save"
     return Row(fault, how, times, f"at most {max(lost, default=0)} steps, no bit of any record", message, passed)
+
+
+def _being_written(run_dir: Path) -> list[Path]:
+    """Checkpoints with files and without a marker."""
+    found = []
+    for path in run_dir.glob("checkpoints/step-*"):
+        with suppress(FileNotFoundError):  # it has just been deleted
+            if any(path.iterdir()) and not (path / MARKER).exists():
+                found.append(path)
+    return found
 
 
 def signals(bench: Bench, times: int) -> list[Row]:
