@@ -57,10 +57,11 @@ class UnsafeCheckpointError(ValueError):
 class ChecksummedWriter(FileSystemWriter):
     """dcp's writer to a folder. `checksums` has, by name, the SHA-256 of what this rank handed to the system."""
 
-    def __init__(self, path: Path, busy: Callable[[], None]) -> None:
-        """`busy` is called now and then, from threads, while there is progress."""
+    def __init__(self, path: Path, busy: Callable[[], None], on_written: Callable[[], None]) -> None:
+        """`busy` is called now and then, from threads, while there is progress; `on_written` after this rank's part."""
         super().__init__(path, thread_count=WRITER_THREADS)
         self.fs = self.files = _ChecksummedFiles(busy)
+        self._on_written = on_written
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -71,6 +72,7 @@ class ChecksummedWriter(FileSystemWriter):
         """Write this rank's part. Raises OSError of any of the threads, which dcp would pass over."""
         written = super().write_data(plan, planner)
         self.files.check()
+        self._on_written()
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

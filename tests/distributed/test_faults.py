@@ -112,6 +112,25 @@ def test_all_ranks_stop_at_one_step_after_a_signal_to_one_of_them(shards, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_rank_that_hangs_in_a_write_is_named_too(shards, tmp_path):
+    hang = """
+from training.storage import ChecksummedWriter
+write = ChecksummedWriter.write_data
+def write_data(self, *arguments):
+    time.sleep(1000 if os.environ["RANK"] == "1" else 0)
+    return write(self, *arguments)
+ChecksummedWriter.write_data = write_data
+"""
+    process = start(2, shards, tmp_path / "run", *WATCHED, "training.stop_at=3", inject=hang)
+    try:
+        _, err, _ = ended(process)
+    finally:
+        process.kill()
+    assert re.search(r"all ranks wait for rank 1 \(process \d+ on .*\) \(after the checkpoint of step 3\)", err), err
+    assert "write_data" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
+
+
+@pytest.mark.slow
 def test_a_rank_that_hangs_in_the_load_is_named_too(shards, tmp_path):
     overrides = (*WATCHED, "checkpoint.every=2")
     done = launch(1, shards, tmp_path / "run", *overrides, "training.stop_at=2")
