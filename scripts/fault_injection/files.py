@@ -15,7 +15,7 @@ from scripts.fault_injection.bench import EVERY, MARKER, STEPS, Bench, Row
 
 
 def damaged(bench: Bench, times: int) -> list[Row]:
-    """The newest checkpoint of a run that is half done, damaged in four ways."""
+    """The newest checkpoint of a run that is half done, damaged in five ways."""
     base = bench.run_dir("half")
     bench.finish(base, f"training.stop_at={STEPS // 2}")
 
@@ -29,6 +29,7 @@ def damaged(bench: Bench, times: int) -> list[Row]:
         ("flipped bit", flip),
         ("truncated file", lambda path: os.truncate(next(path.glob("*.distcp")), 100)),
         ("missing shard", lambda path: next(path.glob("*.distcp")).unlink()),
+        ("marker without files", lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER]),
         ("missing marker", lambda path: (path / MARKER).unlink()),
     ]
     rows = []

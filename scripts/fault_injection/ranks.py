@@ -50,6 +50,8 @@ def ranks(bench: Bench, times: int) -> list[Row]:
         done = _launch(bench, run_dir.name, inject)
         found = re.search(r"error: ([^\n]*?);", done.stderr)
         passed = done.returncode == 0 and records(run_dir) == expected and found is not None and "rank 1" in found[1]
+        traces = {file.name for file in run_dir.glob("stacks/*")}  # of all that could still write them
+        passed &= traces == {"rank-0.txt", "rank-1.txt"} if "sleeps" in name else "rank-0.txt" in traces
         how = f"{where}, {time.monotonic() - begun:.0f} s with the restart"
         lost = "nothing" if inject == LOAD else "3 steps, made again"
         rows.append(Row(f"rank 1 {name}", how, 1, lost, found[1] if found else "", passed))

@@ -13,7 +13,7 @@ from scripts.fault_injection.bench import STEPS, Bench, Row, records
 
 
 def numbers(bench: Bench, times: int) -> list[Row]:
-    """Gradients that are no number: once, and for good."""
+    """Gradients that are no number, once and for good; and one that is far too large."""
     poison = """
 _clip = torch.nn.utils.clip_grad_norm_
 calls = iter(range(1, 10**6))
@@ -29,6 +29,14 @@ torch.nn.utils.clip_grad_norm_ = clip
     found = records(run_dir)
     finite = all(r.get("train/loss") is not None for r in found[1:]) and found[-1]["train/skipped_steps"] == 1
     rows = [Row("NaN in the gradient", "at step 13", 1, "one step", "train/skipped_steps = 1", status == 0 and finite)]
+    run_dir = bench.run_dir("spike")
+    spike = poison.replace("STEPS", "{30}").replace('float("nan")', "1e3")
+    status = bench.finish(run_dir, "training.skip_window=16", inject=spike)
+    skipped = [record["step"] for record in records(run_dir)[1:] if record["train/skipped_steps"] == 1]
+    passed = status == 0 and skipped == list(range(30, STEPS + 1))
+    rows.append(
+        Row("spike of the gradient", "1,000 times, at step 30", 1, "one step", "train/skipped_steps = 1", passed)
+    )
     run_dir = bench.run_dir("nan-for-good")
     status = bench.finish(run_dir, "training.skip_limit=4", inject=poison.replace("STEPS", "range(13, 999)"))
     message = bench.said(r"error: the run diverged[^)]*\)")
