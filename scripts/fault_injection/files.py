@@ -25,11 +25,16 @@ def damaged(bench: Bench, times: int) -> list[Row]:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
 
+    def empty(path: Path) -> None:
+        for file in path.iterdir():
+            if file.name != MARKER:
+                file.unlink()
+
     ways: list[tuple[str, Callable[[Path], object]]] = [
         ("flipped bit", flip),
         ("truncated file", lambda path: os.truncate(next(path.glob("*.distcp")), 100)),
         ("missing shard", lambda path: next(path.glob("*.distcp")).unlink()),
-        ("marker without files", lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER]),
+        ("marker without files", empty),
         ("missing marker", lambda path: (path / MARKER).unlink()),
     ]
     rows = []

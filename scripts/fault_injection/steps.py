@@ -34,9 +34,7 @@ torch.nn.utils.clip_grad_norm_ = clip
     status = bench.finish(run_dir, "training.skip_window=16", inject=spike)
     skipped = [record["step"] for record in records(run_dir)[1:] if record["train/skipped_steps"] == 1]
     passed = status == 0 and skipped == list(range(30, STEPS + 1))
-    rows.append(
-        Row("spike of the gradient", "1,000 times, at step 30", 1, "one step", "train/skipped_steps = 1", passed)
-    )
+    rows.append(Row("spike of the gradient", "× 1,000 at step 30", 1, "one step", "train/skipped_steps = 1", passed))
     run_dir = bench.run_dir("nan-for-good")
     status = bench.finish(run_dir, "training.skip_limit=4", inject=poison.replace("STEPS", "range(13, 999)"))
     message = bench.said(r"error: the run diverged[^)]*\)")
