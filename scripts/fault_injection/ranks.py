@@ -38,7 +38,8 @@ def ranks(bench: Bench, times: int) -> list[Row]:
     }
     rows = []
     undisturbed = _launch(bench, "rank-undisturbed", "")
-    expected = records(bench.run_dir("rank-undisturbed")) if undisturbed.returncode == 0 else []
+    assert undisturbed.returncode == 0, f"the undisturbed run failed: {undisturbed.stderr[-2000:]}"
+    expected = records(bench.run_dir("rank-undisturbed"))
     faults = {name: f"_inject(23, lambda: {action}, rank='1')" for name, action in actions.items()}
     for name, inject in {**faults, "sleeps in the load": LOAD}.items():
         run_dir = bench.run_dir(f"rank-{name.replace(' ', '-')}")
@@ -73,5 +74,5 @@ def _launch(
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     command = [sys.executable, *LAUNCHER, str(restarts), str(script), *SETTINGS, f"data.path={bench.folder / 'shards'}"]
-    command += [f"run.dir={bench.run_dir(name)}", "training.hang_seconds=5", *overrides]
+    command += [f"run.dir={bench.run_dir(name)}", "training.hang_seconds=10", *overrides]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
