@@ -1,8 +1,8 @@
 """Train a model: `python train.py model=moda_tiny data.path=SHARDS`; more with `--help` and in docs/configuration.md.
 
 In: `configs/` and the command line. Out: a run directory for each job. Exit status: 0; 2 for a mistake of the user, in
-one sentence before any file is made; 1 for a run that failed (in a sweep the others still run); 75 when a rank died or
-stood still (start it again); 128 + signal after a signal, with a checkpoint.
+one sentence before any file is made; 1 for a run that failed (in a sweep the others still run); 75 when a rank died,
+stood still or never came (start it again); 128 + signal after a signal, with a checkpoint.
 """
 
 import os
@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from data.shards import DataError
 from models.config import ConfigError
 from training.compose import Job, job_config, plan
-from training.config import TrainingError
+from training.config import LostRankError, TrainingError
 from training.preflight import checked
 
 # One voice a host, since shards and GPUs are the host's own: rank 0, and the first rank of other hosts.
@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, DataError, TrainingError) as error:
         say(f"error: {error}")
         time.sleep(0 if SPEAKS else 2)  # torchrun stops all ranks when one ends: let the one that speaks be heard
+        if isinstance(error, LostRankError):
+            return 75
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
         say("interrupted: the same command continues the last checkpoint")

@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 
 import train
 from tests.shards import write_shards
+from training.config import LostRankError
 
 REPOSITORY = Path(train.__file__).parent
 PREPARE_C4 = (
@@ -146,13 +147,15 @@ def workplace(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The configurations that reached the trainer, which is replaced by a list; a job of seed 13 fails."""
+    """The configurations that reached the trainer, which is replaced by a list; a job of seed 13 or 75 fails."""
     configs = []
 
     def fake(config):
         configs.append(config)
         if config.training.seed == 13:
             raise RuntimeError("loss is not finite")
+        if config.training.seed == 75:
+            raise LostRankError("rank 1 did not come")
 
     module = ModuleType("training.trainer")
     module.__dict__["train"] = fake
@@ -212,6 +215,11 @@ def test_a_failing_job_is_named_and_the_others_run(workplace, trained, capsys):
 def test_what_fails_in_a_single_run_is_raised(workplace, trained):
     with pytest.raises(RuntimeError, match="not finite"):
         train.main([*TINY, "training.seed=13"])
+
+
+def test_a_run_that_lacks_a_rank_asks_to_be_started_again(workplace, trained, capsys):
+    assert train.main([*TINY, "training.seed=75"]) == 75
+    assert capsys.readouterr().err.endswith("error: rank 1 did not come\n")
 
 
 def test_every_job_is_checked_before_the_first_starts(workplace, trained, capsys):

@@ -13,7 +13,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,15 @@ from models.decoder import Decoder
 from training.distributed import World
 from training.optimizer import moments
 from training.skip import SpikeFilter
-from training.storage import SafeReader, UnsafeCheckpointError, first_difference, read_metadata
+from training.storage import SafeReader, UnsafeCheckpointError, WatchedPlanner, first_difference, read_metadata
+from training.watchdog import UNWATCHED, Watch
 
 MARKER = "checkpoint.json"
 FOLDER = "checkpoints"
+
+
+class NewerCheckpointError(ConfigError):
+    """A checkpoint that a later version of this code has written: whole, and not to be passed over."""
 
 
 @dataclass
@@ -80,12 +85,17 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 
 
 def find_checkpoints(run_dir: Path, on_damage: Callable[[Path, str], None] = lambda path, why: None) -> list[Path]:
-    """Checkpoints of a run, oldest first, by their files' sizes. Others that have a marker are named to `on_damage`."""
+    """Checkpoints of a run, oldest first, by their files' sizes. Others that have a marker are named to `on_damage`.
+
+    Raises NewerCheckpointError.
+    """
     whole = []
     for path in checkpoint_folders(run_dir):
         if (path / MARKER).is_file():
             try:
                 read_marker(path)
+            except NewerCheckpointError:
+                raise
             except ConfigError as error:
                 on_damage(path, str(error))
             else:
@@ -96,18 +106,25 @@ def find_checkpoints(run_dir: Path, on_damage: Callable[[Path, str], None] = lam
 def read_marker(path: Path, key: str = "") -> Marker:
     """The marker of a checkpoint, after a look at its files' sizes.
 
-    Raises ConfigError, naming the `key` that gave `path`, when it is not whole.
+    Raises ConfigError, naming the `key` that gave `path`, when it is not whole, or of a later version of this code.
     """
     named = f"{key}={path}" if key else str(path)
     try:
         content = json.loads((path / MARKER).read_text(encoding="utf-8"))
-        marker = Marker(TrainState(**content["state"]), dict(content["bytes"]), dict(content["sha256"]))
+        state, sizes, checksums = dict(content["state"]), dict(content["bytes"]), dict(content["sha256"])
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{named} is no whole checkpoint (it has no {MARKER}): give a folder {FOLDER}/step-N."
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{named} is damaged ({MARKER} cannot be read: {error}): use another checkpoint.") from error
+    unknown = state.keys() - {known.name for known in fields(TrainState)}
+    if unknown:
+        raise NewerCheckpointError(
+            f"{named} was written by a later version of this code ({MARKER} has {', '.join(sorted(unknown))}): use "
+            "that version to continue it."
+        )
+    marker = Marker(TrainState(**state), sizes, checksums)
     for name, size in marker.bytes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None
@@ -117,12 +134,12 @@ def read_marker(path: Path, key: str = "") -> Marker:
     return marker
 
 
-def verify(path: Path, key: str = "") -> Marker:
+def verify(path: Path, key: str = "", watch: Watch = UNWATCHED) -> Marker:
     """The marker of a checkpoint, after every file was read. Raises ConfigError, naming a file that is not as saved."""
     marker = read_marker(path, key)
     named = f"{key}={path}" if key else str(path)
     try:
-        name = first_difference(path, marker.sha256)
+        name = first_difference(path, marker.sha256, busy=watch.busy)
     except OSError as error:
         raise ConfigError(f"{named} is damaged (it cannot be read: {error}): use another checkpoint.") from error
     if name is not None:
@@ -136,6 +153,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer | None,
     world: World,
     spikes: SpikeFilter | None = None,
+    watch: Watch = UNWATCHED,
 ) -> TrainState:
     """Load weights, and with an optimizer its moments, the window of `spikes` and the random state, on all ranks.
 
@@ -148,7 +166,7 @@ def load_checkpoint(
     tensors = checkpoint_tensors(model, optimizer, spikes, ranks, device)
     try:
         read_metadata(path)  # dcp tells what it finds there less well
-        dcp.load(tensors, storage_reader=SafeReader(path))
+        dcp.load(tensors, storage_reader=SafeReader(path, watch), planner=WatchedPlanner(watch))
     except UnsafeCheckpointError as error:
         raise ConfigError(f"{path} is not loaded: {error}. Use a checkpoint that train.py has written.") from error
     except dcp.api.CheckpointException as error:

@@ -21,7 +21,15 @@ WANDB_MODES = ("online", "offline", "disabled")
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. The message is one sentence for the user."""
+    """A run that cannot go on, on all ranks alike. The message is one sentence for the user."""
+
+
+class LostRankError(TrainingError):
+    """Another rank is missing: the same command may succeed."""
+
+
+class RankError(TrainingError):
+    """As `TrainingError`, of one rank: the others do not know yet."""
 
 
 @dataclass
@@ -103,7 +111,7 @@ class TrainingConfig:
     skip_window: int = 128  # steps that mean and deviation are taken over; half of them must be known
     skip_limit: int = 20  # the run ends after so many skipped steps in a row, those that are no number included
     hang_factor: float = 30.0  # a run that makes no step for so many median steps ends, with stack traces (0: never)
-    hang_seconds: float = 300.0  # but not before this; also the limit for an evaluation, a save, the first steps
+    hang_seconds: float = 300.0  # but not before this; also the limit between two marks of a start or a save
 
     def validate(self, world_size: int) -> None:
         """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+import platform
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cache
 from typing import Any
 
@@ -18,6 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from data.shards import DataError
+from models.config import ConfigError
+from training.config import LostRankError, TrainingError
+
+ARRIVAL = timedelta(minutes=10)  # for all ranks to start
 _jobs = itertools.count()
 
 
@@ -59,6 +66,19 @@ class World:
         dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
+    def from_main(self, act: Callable[[], Any]) -> Any:
+        """What `act` returns on rank 0, on every rank; so with what it raises for the user."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = act(), None
+            except (ConfigError, DataError, TrainingError) as error:
+                outcome = None, error
+        value, mistake = self.broadcast(outcome)
+        if mistake is not None:
+            raise mistake
+        return value
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over ranks."""
         total = values.clone()
@@ -92,7 +112,10 @@ class World:
 
 @contextmanager
 def distributed_world(device: str) -> Iterator[World]:
-    """The process group of one job; `device` is "auto" (cuda when there is one), "cpu" or "cuda"."""
+    """The process group of one job; `device` is "auto" (cuda when there is one), "cpu" or "cuda".
+
+    Raises LostRankError when not all ranks come.
+    """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     own = torch.device("cpu")
@@ -102,7 +125,8 @@ def distributed_world(device: str) -> Iterator[World]:
     # Jobs of one process share the store of the launcher, and so do the attempts of torchrun --max-restarts: a prefix
     # keeps their addresses apart.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}-job-{next(_jobs)}", _store())
+    store = dist.PrefixStore(f"attempt-{attempt}-job-{next(_jobs)}", _store(rank))
+    _meet(store, rank, size)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
         store=store,
@@ -117,8 +141,24 @@ def distributed_world(device: str) -> Iterator[World]:
 
 
 @cache
-def _store() -> dist.Store:
+def _store(rank: int) -> dist.Store:
     if "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(iter(dist.rendezvous("env://")))
-    return store
+    # As torch's rendezvous does; but rank 0 does not wait in it, so that `_meet` can say who is missing.
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.TCPStore(address, port, is_master=hosts_it, timeout=ARRIVAL, wait_for_workers=False)
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> None:
+    """Wait until all ranks have come. Raises LostRankError, naming those that have not within `ARRIVAL`."""
+    names = [f"rank-{other}" for other in range(size)]
+    store.set(names[rank], platform.node())
+    try:
+        store.wait(names, ARRIVAL)
+    except dist.DistStoreError as error:
+        missing = [other for other, name in enumerate(names) if not store.check([name])]
+        raise LostRankError(
+            f"of {size} ranks, {', '.join(map(str, missing[:8]))} did not come within {ARRIVAL.total_seconds():.0f} s: "
+            "look into the log of their hosts."
+        ) from error

@@ -20,6 +20,8 @@ from models.config import ConfigError, shown
 from training.checkpoint import FOLDER, find_checkpoints, read_marker, verify
 from training.config import Config, resolved
 from training.data import check_same_data, open_stream
+from training.restarts import earlier_starts
+from training.watchdog import UNWATCHED, Watch
 
 # Keys, or groups of keys, that change no result, or none but by rounding. The data may lie elsewhere: its fingerprint
 # is compared instead.
@@ -58,20 +60,22 @@ DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a
 ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
 
 
-def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
+def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UNWATCHED) -> Path | None:
     """The checkpoint that `checkpoint.resume` means, None for a new run; checked against the configuration.
 
     Raises ConfigError when it would be another run. `locked` says that nobody else uses the run directory: checksums
     are then verified, and what is damaged is set aside, with a sentence for each on standard error.
     """
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    if resume == "never" and earlier_starts(run_dir):
+        resume = "auto"  # a launcher repeats the command that began this run
     if resume == "never":
         if find_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
             )
         return None
-    path = own = _newest(run_dir, locked)
+    path = own = _newest(run_dir, locked, watch)
     if resume != "auto":
         given = Path(resume).resolve()
         if path is None or read_marker(path).state.begun_from != str(given):  # what it began with may be deleted since
@@ -79,7 +83,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
         if path is None:
             path = given
             if locked:
-                verify(given, "checkpoint.resume")
+                verify(given, "checkpoint.resume", watch)
         elif path != given and path.parent == given.parent:
             raise ConfigError(
                 f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
@@ -107,14 +111,14 @@ def choose_checkpoint(config: Config, *, locked: bool = False) -> Path | None:
     return path
 
 
-def _newest(run_dir: Path, locked: bool) -> Path | None:
+def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:
     """The newest checkpoint of a run that is whole, absolute. Raises ConfigError when there are only damaged ones."""
     broken: dict[Path, str] = {}
     newest = None
     for path in reversed(find_checkpoints(run_dir, on_damage=broken.__setitem__)):
         try:
             if locked:
-                verify(path)
+                verify(path, watch=watch)
         except ConfigError as error:
             broken[path] = str(error)
         else:

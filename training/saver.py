@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -40,6 +41,10 @@ from training.config import CheckpointConfig
 from training.distributed import World
 from training.skip import SpikeFilter
 from training.storage import ChecksummedWriter, first_difference
+from training.watchdog import UNWATCHED, Watch
+
+WAIT_SECONDS = 0.5  # between looks at a write that training waits for
+STAGES = ("its files of the checkpoint", "the check of its files")  # of a rank's part of a save
 
 
 class CheckpointSaver:
@@ -54,13 +59,16 @@ class CheckpointSaver:
         world: World,
         config: CheckpointConfig,
         say: Callable[[str], None],
+        watch: Watch = UNWATCHED,
     ) -> None:
-        """`say` takes a line for the user on the main rank."""
+        """`say` takes a line for the user on the main rank; `watch` hears of the write when training waits for it."""
         self.run_dir, self.config = run_dir, config
         self.saved_step = 0  # step of the newest checkpoint that was committed or loaded
         self.failure: str | None = None  # why the last save came to nothing
         self._parts = (model, optimizer, spikes)
-        self._world, self._say = world, say
+        self._world, self._say, self._watch = world, say, watch
+        self._blocks = 0  # written or read back so far, all saves together
+        self._stages = 0  # of `STAGES` that this rank's part of the save has come to
         self._stager = _stager(world.device) if config.asynchronous else None
         # Its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo")
@@ -119,7 +127,7 @@ class CheckpointSaver:
             self.close_stager()
             copied = None
         synchronous = copied is None
-        self._writing_step = state.step
+        self._writing_step, self._stages = state.step, 0
         stalled = None if synchronous else self._stalled + time.perf_counter() - begin
         self._writing = self._thread.submit(self._write, tensors if synchronous else copied, state, delete_old, stalled)
         if synchronous:
@@ -131,6 +139,7 @@ class CheckpointSaver:
         if self._writing is None:
             return self.failure is None
         writing, self._writing = self._writing, None
+        self._await(writing)
         self.failure = writing.result()
         if self.failure is None:
             self.saved_step = self._writing_step
@@ -144,8 +153,36 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """End the writing thread, after what it does; never raises for a save that failed."""
+        if self._writing is not None:
+            self._await(self._writing)
         self._thread.shutdown(wait=True)
         self.close_stager()
+
+    def _await(self, writing: Future[str | None]) -> None:
+        """Wait for the writing thread. What it gets done is progress of the main thread only now, while that waits.
+
+        Every rank gives one mark a stage, so that one which does not come to it has fewer.
+        """
+        blocks, marked = self._blocks, 0
+        while marked < len(STAGES):
+            done = futures.wait([writing], timeout=WAIT_SECONDS).done
+            if self._blocks != blocks:
+                blocks = self._blocks
+                self._watch.busy()
+            for stage in STAGES[marked : len(STAGES) if done else self._stages]:
+                self._watch.mark(f"{stage} of step {self._writing_step}")
+                marked += 1
+
+    def _busy(self) -> None:
+        self._blocks += 1
+
+    def _stage_done(self) -> None:
+        self._stages += 1
+
+    def _read_back(self, path: Path, checksums: dict[str, str]) -> str | None:
+        name = first_difference(path, checksums, busy=self._busy, from_disk=True)
+        self._stage_done()
+        return None if name is None else f"{path / name} reads back as something else"
 
     def _write(self, tensors: dict[str, Any], state: TrainState, delete_old: bool, stalled: float | None) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks."""
@@ -154,13 +191,13 @@ class CheckpointSaver:
         failure = self._together(lambda: _clear(path) if main else None)
         sums: list[dict[str, str]] = []
         if failure is None:
-            writer = ChecksummedWriter(path)
+            writer = ChecksummedWriter(path, self._busy, on_written=self._stage_done)
             try:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group)
             except dcp.api.CheckpointException as error:  # on all ranks alike
                 failure = next(_one_line(cause) for cause, _ in error.failures.values())
         if failure is None:
-            failure = self._together(lambda: _read_back(path, writer.checksums), writer.checksums, sums)
+            failure = self._together(lambda: self._read_back(path, writer.checksums), writer.checksums, sums)
         if failure is None:
             failure = self._together(lambda: _commit(path, state, sums) if main else None)
         if not main:
@@ -212,11 +249,6 @@ def _clear(path: Path) -> None:
     if path.exists():
         remove_checkpoint(path)
     path.mkdir(parents=True)
-
-
-def _read_back(path: Path, checksums: dict[str, str]) -> str | None:
-    name = first_difference(path, checksums, from_disk=True)
-    return None if name is None else f"{path / name} reads back as something else"
 
 
 def _commit(path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:

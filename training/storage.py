@@ -11,21 +11,24 @@ import hashlib
 import io
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, Metadata
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, Metadata
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from training.watchdog import UNWATCHED, Watch
+
 METADATA = ".metadata"
+BLOCK = 2**22  # bytes of a file that are read at a time
 WRITER_THREADS = 4  # files a rank writes side by side, and a reader checks side by side
 
 # What dcp's own metadata is made of, beside the dtypes of torch.
@@ -54,9 +57,11 @@ class UnsafeCheckpointError(ValueError):
 class ChecksummedWriter(FileSystemWriter):
     """dcp's writer to a folder. `checksums` has, by name, the SHA-256 of what this rank handed to the system."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, busy: Callable[[], None], on_written: Callable[[], None]) -> None:
+        """`busy` is called now and then, from threads, while there is progress; `on_written` after this rank's part."""
         super().__init__(path, thread_count=WRITER_THREADS)
-        self.fs = self.files = _ChecksummedFiles()
+        self.fs = self.files = _ChecksummedFiles(busy)
+        self._on_written = on_written
 
     @property
     def checksums(self) -> dict[str, str]:
@@ -67,6 +72,7 @@ class ChecksummedWriter(FileSystemWriter):
         """Write this rank's part. Raises OSError of any of the threads, which dcp would pass over."""
         written = super().write_data(plan, planner)
         self.files.check()
+        self._on_written()
         return written
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -78,11 +84,33 @@ class ChecksummedWriter(FileSystemWriter):
 class SafeReader(FileSystemReader):
     """dcp's reader of a folder, for files of unknown origin. Raises `UnsafeCheckpointError` for what is no tensor."""
 
+    def __init__(self, path: Path, watch: Watch = UNWATCHED) -> None:
+        super().__init__(path)
+        self._watch = watch
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's part; ranks meet after it."""
+        done = super().read_data(plan, planner)
+        self._watch.mark(f"the tensors of {self.path}")
+        return done
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """dcp's description of the checkpoint."""
         metadata = read_metadata(Path(self.path))
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]  # read_metadata has looked
         return metadata
+
+
+class WatchedPlanner(DefaultLoadPlanner):
+    """dcp's planner, which tells `watch` of every tensor that was read."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        """Called when `tensor` has been filled."""
+        self._watch.busy()
 
 
 def read_metadata(path: Path) -> Metadata:
@@ -106,27 +134,41 @@ def read_metadata(path: Path) -> Metadata:
     return metadata
 
 
-def checksum(file: Path, *, from_disk: bool = False) -> str:
+def checksum(file: Path, *, busy: Callable[[], None] = UNWATCHED.busy, from_disk: bool = False) -> str:
     """SHA-256 of a file, in hex; `from_disk` asks the system to forget its copy in memory first."""
-    with open(file, "rb") as stream:
+    digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK))
+    with open(file, "rb", buffering=0) as stream:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        while count := stream.readinto(block):
+            digest.update(block[:count])
+            busy()
+    return digest.hexdigest()
 
 
-def first_difference(folder: Path, checksums: dict[str, str], *, from_disk: bool = False) -> str | None:
-    """The name of a file of `folder` whose SHA-256 is not that of `checksums`; None when all are."""
+def first_difference(
+    folder: Path,
+    checksums: dict[str, str],
+    *,
+    busy: Callable[[], None] = UNWATCHED.busy,
+    from_disk: bool = False,
+) -> str | None:
+    """The name of a file of `folder` whose SHA-256 is not that of `checksums`; None when all are.
+
+    `busy` is called now and then, from threads, while there is progress.
+    """
 
     def differs(name: str) -> bool:
-        return checksum(folder / name, from_disk=from_disk) != checksums[name]
+        return checksum(folder / name, busy=busy, from_disk=from_disk) != checksums[name]
 
     with ThreadPoolExecutor(max_workers=WRITER_THREADS, thread_name_prefix="checksum") as pool:
         return next((name for name, bad in zip(checksums, pool.map(differs, checksums), strict=True) if bad), None)
 
 
 class _ChecksummedFiles(FileSystem):
-    def __init__(self) -> None:
+    def __init__(self, busy: Callable[[], None]) -> None:
         super().__init__()
+        self.busy = busy
         self.digests: dict[str, Any] = {}
         self.error: OSError | None = None  # the first, for `check`: threads of dcp would print theirs
 
@@ -139,7 +181,7 @@ class _ChecksummedFiles(FileSystem):
         digest = self.digests[Path(path).name] = hashlib.sha256()
         try:
             with super().create_stream(path, mode) as stream:
-                yield _Checksummed(stream, digest)
+                yield _Checksummed(stream, digest, self.busy)
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else error.__context__  # torch.save ends its archive in vain
             if not isinstance(cause, OSError):
@@ -155,11 +197,12 @@ class _ChecksummedFiles(FileSystem):
 class _Checksummed(io.IOBase):
     """A file being written, from first byte to last."""
 
-    def __init__(self, stream: Any, digest: Any) -> None:
-        self._stream, self._digest = stream, digest
+    def __init__(self, stream: Any, digest: Any, busy: Callable[[], None]) -> None:
+        self._stream, self._digest, self._busy = stream, digest, busy
 
     def write(self, content: Any) -> int:
         self._digest.update(content)
+        self._busy()
         return self._stream.write(content)
 
     def writable(self) -> bool:

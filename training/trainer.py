@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
 
 import torch
 import yaml
@@ -31,8 +31,8 @@ from models.accounting import count_parameters, describe, peak_flops, training_f
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.parallelize import parallelize
-from training.checkpoint import TrainState, checkpoint_path, load_checkpoint
-from training.config import Config, TrainingError, resolved
+from training.checkpoint import TrainState, checkpoint_path, load_checkpoint, read_marker
+from training.config import Config, RankError, TrainingError, resolved
 from training.curves import draw_curves
 from training.data import open_stream, validation_folders
 from training.distributed import World, distributed_world
@@ -44,6 +44,7 @@ from training.optimizer import build_optimizer, set_lr
 from training.out_of_memory import explain
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
+from training.restarts import give_up_if_stuck
 from training.resume import choose_checkpoint, continue_command
 from training.saver import CheckpointSaver
 from training.schedule import lr_factor
@@ -54,6 +55,7 @@ from training.versions import record_versions
 from training.watchdog import Watchdog
 
 NO_DATA = 1000  # above all signals
+CHOICE = "the choice of a checkpoint"
 
 
 def train(config: Config) -> None:
@@ -63,29 +65,58 @@ def train(config: Config) -> None:
     made, when the run directory belongs to another configuration or other data; SystemExit(128 + signal) after a
     signal, with a checkpoint.
     """
-    choose_checkpoint(config)
+    training = config.training
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        checkpoint = None
-        if os.environ.get("RANK", "0") == "0":
-            stack.enter_context(run_lock(Path(config.run.dir)))
-            # Again: nobody else changes the directory from here on.
-            checkpoint = choose_checkpoint(config, locked=True)
-        world = stack.enter_context(distributed_world(config.training.device))
-        try:
-            trainer = Trainer(config, world, stop, world.broadcast(checkpoint))
-        except torch.OutOfMemoryError as error:  # the weights alone
-            raise TrainingError(explain(error, config, world)) from error
-        trainer.fit()
+        world = stack.enter_context(distributed_world(training.device))
+        run_dir = Path(config.run.dir).absolute()
+        watchdog = Watchdog(world, run_dir, training.hang_factor, training.hang_seconds)
+        with watchdog, _explained(config, world):
+            if not world.is_main:
+                watchdog.mark(CHOICE)  # the main rank comes to it once it has chosen
+            # On one rank alone: another could look while a damaged checkpoint is set aside.
+            checkpoint = world.from_main(lambda: _take(config, world, stack, watchdog))
+            trainer = Trainer(config, world, stop, watchdog, checkpoint)
+            stack.push(trainer.end_records)  # after the watch: wandb may take its time
+            trainer.fit()
     if stop.signal is not None:
         raise SystemExit(128 + stop.signal)
+
+
+def _take(config: Config, world: World, stack: ExitStack, watchdog: Watchdog) -> Path | None:
+    """On the main rank: the run directory, locked until `stack` ends. Returns the checkpoint to go on from."""
+    run_dir = Path(config.run.dir)
+    choose_checkpoint(config)  # a mistake leaves no file
+    stack.enter_context(run_lock(run_dir))
+    checkpoint = choose_checkpoint(config, locked=True, watch=watchdog)  # again: nobody else changes it from here on
+    step = 0 if checkpoint is None else read_marker(checkpoint).state.step
+    give_up_if_stuck(run_dir, step)
+    record_versions(run_dir, world, step)
+    watchdog.mark(CHOICE)
+    return checkpoint
+
+
+@contextmanager
+def _explained(config: Config, world: World) -> Iterator[None]:
+    """Say in a sentence what has ended this rank, where a traceback would help less."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RankError(explain(error, config, world)) from error
+    except OSError as error:
+        raise RankError(
+            f"{error.filename or config.run.dir} cannot be used ({error.strerror or error}): make room or give access "
+            "there, and the same command continues the last checkpoint."
+        ) from error
 
 
 class Trainer:
     """One run on one process among `world`."""
 
-    def __init__(self, config: Config, world: World, stop: StopRequest, checkpoint: Path | None) -> None:
-        self.config, self.world, self.stop = config, world, stop
+    def __init__(
+        self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog, checkpoint: Path | None
+    ) -> None:
+        self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
         self.console = Console(config.training.steps, enabled=world.is_main)
@@ -93,49 +124,37 @@ class Trainer:
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
         self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
         self._build_data()
+        watchdog.mark("the data")
         check_ranks(world, config, self.run_dir, self.stream.fingerprint)
         self._build_model()
+        watchdog.mark("the model")
         self._restore(checkpoint)
         if world.is_main:
             self._open_run_directory()
-        self.watchdog = Watchdog(world, self.run_dir, config.training.hang_factor, config.training.hang_seconds)
+        self.first_step, self.evaluated = self.state.step + 1, False
+        watchdog.mark("the start", first=True)
 
     def fit(self) -> None:
         """Train to the last step, or until a signal; leave a checkpoint, curves and a summary."""
         self.garbage.start()
-        self.watchdog.start()
-        ended = failed = "it was interrupted"
         try:
             self._train()
             with self.clock.paused():
                 self._finish()
             self._check_data()  # all ranks wait here: a launcher ends those that still work when others have ended
-            ended = failed = ""
-        except torch.OutOfMemoryError as error:
-            ended = explain(error, self.config, self.world)
-            raise TrainingError(ended) from error
-        except TrainingError:
-            ended = ""  # all ranks have come to it together
-            raise
-        except OSError as error:
-            ended = f"{type(error).__name__}: {error}"
-            raise TrainingError(
-                f"{error.filename or self.run_dir} cannot be used ({error.strerror or error}): make room or give "
-                f"access there, and the same command continues step {self.saver.saved_step}."
-            ) from error
-        except Exception as error:
-            self.watchdog.await_verdict(error)
-            ended = f"{type(error).__name__}: {error}"
-            raise
         finally:
             self.garbage.stop()
             self.profiler.close()
             self.loader.close()
             self.saver.close()
-            self.watchdog.close(ended)
-            if self.world.is_main:
-                self.tracker.finish(exit_code=int(bool(failed)))
-                self.log.close()
+
+    def end_records(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End metrics.jsonl and wandb, whose run has failed when there is an `error`."""
+        if self.world.is_main:
+            self.tracker.finish(exit_code=int(error is not None))
+            self.log.close()
 
     def _train(self) -> None:
         config, state, watchdog = self.config, self.state, self.watchdog
@@ -202,7 +221,8 @@ class Trainer:
 
     def _has_data(self) -> bool:
         ready = self.loader.ready(self.state.instances)
-        self.watchdog.mark(f"the data of step {self.state.step + 1}")
+        step = self.state.step + 1
+        self.watchdog.mark(f"the data of step {step}", first=step == self.first_step)
         return ready
 
     def _stopping(self, has_data: bool = True) -> bool:
@@ -216,13 +236,15 @@ class Trainer:
         """Record the values of this step with its validation; one that a signal ends is made at the next start."""
 
         def stopping() -> bool:
-            self.watchdog.mark(f"a batch of the evaluation at step {self.state.step}")
+            place = f"a batch of the evaluation at step {self.state.step}"
+            self.watchdog.mark(place, first=not self.evaluated)
             return self._stopping()
 
         with self.clock.paused():
             evaluated: dict[str, float] | None = {}  # a start that makes no evaluations may find one left to make
             if self.config.evaluation.every:
                 evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping)
+                self.evaluated = True
         self.state.unrecorded = values if evaluated is None else {}
         if evaluated is not None:
             self._record(values | evaluated)
@@ -374,8 +396,16 @@ class Trainer:
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.spikes = SpikeFilter(config.training.skip_window, config.training.skip_sigmas, world.device)
+        self.watchdog.mark("the layout of the model")
         self.saver = CheckpointSaver(
-            self.run_dir, self.model, self.optimizer, self.spikes, world, config.checkpoint, self.console.say
+            self.run_dir,
+            self.model,
+            self.optimizer,
+            self.spikes,
+            world,
+            config.checkpoint,
+            self.console.say,
+            self.watchdog,
         )
         self.peak = None
         self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
@@ -393,7 +423,7 @@ class Trainer:
             initialize(self.model, config.training.seed)
             self.state = TrainState()
         else:
-            self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes)
+            self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes, self.watchdog)
             if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             else:
@@ -411,7 +441,6 @@ class Trainer:
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
-        record_versions(self.run_dir, self.world, self.state.step)
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         self.log.rewind(self.last_recorded)
         self.tracker = WandbTracker(

@@ -15,26 +15,25 @@ import torch
 
 from data.shards import write_atomically
 from training.distributed import World
+from training.restarts import VERSIONS, entries, last_record, launch
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "tokenizers", "hydra-core", "wandb", "numpy", "flash-attn")
 
 
 def record_versions(run_dir: Path, world: World, step: int) -> None:
-    """Append an entry to `versions.json`: a list, oldest first; a damaged file begins anew."""
-    path = run_dir / "versions.json"
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        entries = []
-    entries.append(
+    """Append an entry to `versions.json`: a list, oldest start first; a damaged file begins anew."""
+    starts = entries(run_dir)
+    starts.append(
         {
             "step": step,
+            "found": last_record(run_dir),  # what the start before has come to
+            "launch": launch(),
             "command": " ".join(sys.argv),
             "ranks": world.size,
             **environment(world.device.type),
         }
     )
-    write_atomically(path, json.dumps(entries, indent=1).encode())
+    write_atomically(run_dir / VERSIONS, json.dumps(starts, indent=1).encode())
 
 
 def environment(device: str) -> dict[str, Any]:

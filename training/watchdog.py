@@ -4,13 +4,13 @@ In: marks of progress from the main thread of every rank. Out: nothing while all
 traces of all threads of all living ranks in `run_dir/stacks/`, and exit status 75 on every rank, so that a launcher
 (torchrun --max-restarts, SLURM) starts the run again.
 
-A thread of each rank writes a heartbeat to the store that the launcher set up: rank 0 reads them all and gives the
-verdict, the others watch rank 0. Three things count against a rank:
+The watch begins with the process group, before checkpoints are read and the model is built. A thread of each rank
+writes a heartbeat to the store that the launcher set up: rank 0 reads them all and gives the verdict, the others watch
+rank 0. Three things count against a rank:
 
 - its process is gone (known at once on the same host), or it ended with an error;
 - its heartbeat is silent: its host, its network, or the whole process stands still;
-- its main thread makes no progress. Then all ranks stand still, waiting for each other: the one that has come least
-  far is named.
+- no main thread makes progress: all ranks wait for each other, and the one that has come least far is named.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
+from data.shards import DataError
+from models.config import ConfigError
+from training.config import RankError, TrainingError
 from training.distributed import World
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: the same command may succeed
 LAPS = 50  # steps that the median is taken over
+FIRST = 4.0  # times as long may take what a process does for the first time: it compiles, and connects devices
 
 
 @dataclass
@@ -51,8 +56,21 @@ class Heartbeat:
     process: int
 
 
-class Watchdog:
-    """The watch over one rank, and on rank 0 over all: `start` it, `mark` often, `close` in the end."""
+class Watch:
+    """Takes marks of progress from code that takes long. This one does nothing with them."""
+
+    def mark(self, place: str, *, first: bool = False) -> None:
+        """The main thread has come to `place`, a few words for the message; `first`: what follows may compile."""
+
+    def busy(self) -> None:
+        """Some of what follows the last mark is done, and more is to come."""
+
+
+UNWATCHED = Watch()
+
+
+class Watchdog(Watch):
+    """The watch over one rank, and on rank 0 over all: a context manager; `mark` often in it."""
 
     def __init__(self, world: World, run_dir: Path, factor: float, seconds: float) -> None:
         """Without a mark for `factor` median steps, and for at least `seconds`, a run ends (factor 0: it never does).
@@ -64,7 +82,7 @@ class Watchdog:
         self._interval, self._silence = min(2.0, seconds / 20), seconds / 5
         self._laps: deque[float] = deque(maxlen=LAPS)
         self._step_began: float | None = None
-        self._marked = time.monotonic()
+        self._marked, self._first = time.monotonic(), False
         self._own = Heartbeat(0, 0, "start", False, None, platform.node(), _namespace(), os.getpid())
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was heard first
         self._closed = threading.Event()
@@ -73,18 +91,33 @@ class Watchdog:
             self._store.set_timeout(timedelta(seconds=max(self._silence, 1.0)))
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def start(self) -> None:
-        """Begin to watch."""
+    def __enter__(self) -> Watchdog:
         if self._factor:
             self._marked = time.monotonic()
             if self._store is not None:
                 self._beat()
             self._thread.start()
+        return self
 
-    def mark(self, place: str) -> None:
-        """The main thread has come to `place`, a few words for the message."""
-        self._marked = time.monotonic()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End the watch over this rank, and tell the others why, where they do not know."""
+        known = error is None or isinstance(error, ConfigError | DataError | TrainingError)
+        if known and not isinstance(error, RankError):
+            self._close("")
+            return
+        self._await_verdict(error)
+        self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+
+    def mark(self, place: str, *, first: bool = False) -> None:
+        """As `Watch.mark`."""
+        self._marked, self._first = time.monotonic(), first
         self._own.place, self._own.progress = place, self._own.progress + 1
+
+    def busy(self) -> None:
+        """As `Watch.busy`."""
+        self._marked = time.monotonic()
 
     def step_done(self, place: str) -> None:
         """A mark at the end of a step: the time since the last one counts for the median."""
@@ -97,16 +130,16 @@ class Watchdog:
     @property
     def limit(self) -> float:
         """Seconds that may pass between two marks."""
-        return max(self._seconds, self._factor * statistics.median(self._laps)) if self._laps else self._seconds
+        seconds = max(self._seconds, self._factor * statistics.median(self._laps)) if self._laps else self._seconds
+        return FIRST * seconds if self._first else seconds
 
-    def await_verdict(self, error: Exception) -> None:
+    def _await_verdict(self, error: BaseException | None) -> None:
         """After `error` on this rank: where it is of a collective, give the watch time to find who ended it."""
         of_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
         if self._factor and self._store is not None and of_collective:
             self._closed.wait(self._silence + 4 * self._interval)
 
-    def close(self, ended: str = "") -> None:
-        """End the watch over this rank; `ended` tells the others why it ends, empty where they know."""
+    def _close(self, ended: str) -> None:
         if not self._thread.is_alive():
             return
         self._closed.set()
@@ -138,7 +171,8 @@ class Watchdog:
         beats = [self._read(rank) for rank in range(self._world.size)]
         verdict = next(filter(None, map(self._judge, range(self._world.size), beats)), None)
         heard = [beat for beat in beats if beat is not None]
-        if verdict is None and any(beat.stalled for beat in heard):
+        # One rank may wait for long while another gets on, say with the write of its part of a checkpoint.
+        if verdict is None and all(beat.stalled for beat in heard if beat.ended is None):
             if len(heard) < len(beats):
                 return None  # it is silent, which is about to be found
             verdict = self._explain(heard)
@@ -227,5 +261,5 @@ def _alive(process: int) -> bool:
         return not os.path.isdir("/proc/self")  # without /proc nobody knows
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | None) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())

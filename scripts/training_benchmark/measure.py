@@ -31,6 +31,7 @@ from training.preflight import checked
 from training.signals import stop_on_signals
 from training.trainer import Trainer
 from training.versions import environment
+from training.watchdog import Watchdog
 
 WARMUP = 8  # steps: compilation, allocator, clocks
 
@@ -75,7 +76,8 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
     """
     config = checked(plan(arguments).jobs[0]).config
     with distributed_world(config.training.device) as world, stop_on_signals() as stop:
-        trainer = Trainer(config, world, stop, None)
+        watchdog = Watchdog(world, Path(config.run.dir), factor=0, seconds=1)  # which never ends a run
+        trainer = Trainer(config, world, stop, watchdog, None)
         timer = StepTimer(steps, world.device.type == "cuda")
         trainer.after_step.append(timer)
         waits: list[float] = []

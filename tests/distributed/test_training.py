@@ -77,10 +77,10 @@ def test_a_stop_and_a_resume_on_two_ranks_give_the_bits_of_one_go(shards, on_two
 
 
 @pytest.mark.slow
-def test_a_run_moves_from_one_rank_to_two_copies_on_four_to_two_and_sees_the_same_batches(
+def test_a_run_moves_from_one_rank_to_two_to_two_copies_on_four_to_one_and_sees_the_same_batches(
     shards, on_two_ranks, tmp_path
 ):
-    for ranks, size, stop, copies in ((1, 2, 5, 1), (4, 1, 10, 2), (2, 2, 20, 1)):
+    for ranks, size, stop, copies in ((1, 2, 5, 1), (2, 2, 10, 1), (4, 1, 15, 2), (1, 4, 20, 1)):
         overrides = (
             f"training.micro_batch_size={size}",
             f"training.stop_at={stop}",

@@ -39,3 +39,16 @@ def test_a_gpu_run_continues_on_the_cpu(shards, tmp_path):
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["step"] == 20
     assert last["train/loss"] < 4.8
+
+
+def test_a_cpu_run_continues_on_the_gpu(shards, tmp_path):
+    config = tiny_config(shards, tmp_path / "whole")
+    train(config)
+    whole = {record["step"]: record for record in read_metrics(tmp_path / "whole" / "metrics.jsonl")}
+    config = tiny_config(shards, tmp_path / "parts")
+    config.training.stop_at = 10
+    train(config)
+    parts = run(shards, tmp_path / "parts", precision="fp32")
+    assert list(parts) == list(whole)
+    for step in range(1, 21):
+        assert math.isclose(whole[step]["train/loss"], parts[step]["train/loss"], rel_tol=1e-3)

@@ -116,6 +116,17 @@ def test_a_newest_that_a_disk_cannot_read_is_damaged_too(run, saved, monkeypatch
     assert "step-8.damaged" in names(run.run.dir)
 
 
+def test_a_checkpoint_of_a_later_version_is_neither_damaged_nor_passed_over(run):
+    run_dir = Path(run.run.dir)
+    marker = run_dir / "checkpoints" / "step-8" / MARKER
+    content = json.loads(marker.read_text())
+    content["state"]["of_tomorrow"] = 1
+    marker.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"step-8 was written by a later version of this code .* has of_tomorrow"):
+        train(run)
+    assert names(run_dir) == ["step-2", "step-4", "step-6", "step-8"]
+
+
 def test_without_any_whole_checkpoint_nothing_is_lost_by_beginning_again(run):
     run_dir = Path(run.run.dir)
     before = (run_dir / "metrics.jsonl").read_bytes()

@@ -1,12 +1,18 @@
-"""training/watchdog.py: whether a process of this host lives; whole runs are in tests/distributed/test_faults.py."""
+"""training/watchdog.py on one process; ranks that fail each other are in tests/distributed/test_faults.py."""
 
 import builtins
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import Future
 from contextlib import contextmanager
+from types import SimpleNamespace
 
-from training import watchdog
+from tests.shards import tiny_config
+from training import saver, storage, watchdog
+from training.trainer import train
 
 
 def test_the_living_the_dead_and_the_zombie():
@@ -32,3 +38,68 @@ def test_a_process_that_ends_while_it_is_looked_at_is_gone(monkeypatch):
 
     monkeypatch.setattr(builtins, "open", opened)
     assert not watchdog._alive(12345)
+
+
+def test_a_write_that_stands_still_while_training_waits_is_a_hang(shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.steps, config.evaluation.every = 2, 0
+    config.training.hang_seconds, config.training.hang_factor = 2.0, 0.1  # whatever a step takes here
+    verdicts, original = [], storage.ChecksummedWriter.write_data
+
+    def write_data(self, *arguments):
+        assert ended.wait(60)
+        return original(self, *arguments)
+
+    def end(self, verdict):
+        verdicts.append(verdict)
+        if "at the checkpoint of step 2" in verdict:
+            ended.set()
+
+    ended = threading.Event()
+    monkeypatch.setattr(storage.ChecksummedWriter, "write_data", write_data)
+    monkeypatch.setattr(watchdog.Watchdog, "_end", end)
+    train(config)
+    assert "no progress for 2 s at the checkpoint of step 2" in verdicts
+
+
+def test_a_write_that_gets_on_is_none(monkeypatch):
+    class Recorder(watchdog.Watch):
+        def __init__(self):
+            self.marks, self.times_busy = [], 0
+
+        def mark(self, place, *, first=False):
+            self.marks.append(place)
+
+        def busy(self):
+            self.times_busy += 1
+
+    def until(condition):
+        end = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+    monkeypatch.setattr(saver, "WAIT_SECONDS", 0.01)
+    waiting, writing = saver.CheckpointSaver.__new__(saver.CheckpointSaver), Future()
+    waiting._watch = seen = Recorder()
+    waiting._blocks, waiting._stages, waiting._writing_step = 5, 0, 3
+    thread = threading.Thread(target=waiting._await, args=(writing,))
+    thread.start()
+    time.sleep(0.1)
+    assert seen.times_busy == 0
+    waiting._busy()
+    until(lambda: seen.times_busy == 1)
+    waiting._stage_done()
+    until(lambda: seen.marks == ["its files of the checkpoint of step 3"])
+    writing.set_result(None)
+    thread.join()
+    assert seen.marks == [f"{stage} of step 3" for stage in saver.STAGES]  # as many on every rank
+
+
+def test_what_is_done_for_the_first_time_may_take_longer(tmp_path):
+    world = SimpleNamespace(rank=0, size=1, store=None)
+    watch = watchdog.Watchdog(world, tmp_path, factor=30, seconds=10)
+    watch.mark("the start", first=True)
+    assert watch.limit == watchdog.FIRST * 10
+    watch.step_done("step 1")
+    assert watch.limit == 10

@@ -1,0 +1,304 @@
+"""What checkpoints cost, and whether a killed run goes on: `python scripts/benchmark_checkpoints.py --data SHARDS
+--out DIR [--gpus 2] [--every 100]`.
+
+In: token shards. First a run of train.py on all GPUs, `--every` steps without checkpoints and twice as many with one
+every `--every`: how long training waits for each, and its throughput against that without. Then a run of the same
+configuration that is killed (SIGKILL of all ranks) and continued on each number of GPUs of `--resume-on`, one after the
+other; its losses against those of the first run. Out: `checkpoints.json` and the logs in DIR, the result as Markdown.
+Checkpoints (three at most at a time) go to a temporary folder in `--scratch`, and are deleted.
+
+    --from FILE       shows an earlier `checkpoints.json`
+    --docs            writes the section of docs/benchmarks.md
+    --set KEY=VALUE   an override of train.py for all runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from data.shards import write_atomically
+from scripts.page_section import PageSection
+from scripts.training_benchmark.process import StepsFailed, reason
+from scripts.training_benchmark.tables import machine
+from training.checkpoint import find_checkpoints, read_marker
+from training.metrics import Record, read_metrics
+from training.versions import environment
+
+SECTION, PAGE = PageSection("checkpoints", "scripts/benchmark_checkpoints.py"), ROOT / "docs" / "benchmarks.md"
+WARMUP = 20  # steps at the most that are left out at the start
+AFTER = 20  # steps that are compared after a resume
+TIMEOUT = 900  # seconds that a run may take
+SAVED = re.compile(r"checkpoint \S+step-(\d+) \| ([\d,.]+) MB in ([\d.]+) s, training waited(?: ([\d.]+) s)?")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure or show. Returns the exit status: 0; 1 when a run failed; 2 for what cannot be done."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parse(arguments)
+    try:
+        if options.docs:
+            SECTION.check(PAGE)
+        if options.results:
+            results = json.loads(options.results.read_text(encoding="utf-8"))
+        else:
+            results = run(options, shlex.join(["python", "scripts/benchmark_checkpoints.py", *arguments]))
+    except StepsFailed as failed:
+        print(f"error: {failed}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(render(results))
+    if options.docs:
+        SECTION.replace(PAGE, render(results))
+        print(f"written: {PAGE}")
+    return 0
+
+
+def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
+    """Both measurements. Raises ValueError for options that cannot be used, StepsFailed when a run fails."""
+    if options.data is None or options.out is None:
+        raise ValueError("--data SHARDS and --out DIR are needed for a measurement: give both, or --from FILE to show.")
+    if not (options.data / "train" / "manifest.json").is_file():
+        raise ValueError(f"--data {options.data} holds no token shards: prepare some with scripts/prepare_data.py.")
+    if options.every < 2 * AFTER:
+        raise ValueError(f"--every {options.every} leaves too few steps to compare: use at least {2 * AFTER}.")
+    options.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results: dict[str, Any] = {
+        "command": command,
+        "environment": environment(device),
+        "shape": f"`{options.model}`, {options.gpus} ranks × micro-batch {options.micro_batch} × {options.time} tokens,"
+        f" {options.batch} instances a step",
+        "every": options.every,
+        "skipped": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=options.scratch) as folder:
+        whole = Runs(options, Path(folder) / "whole")
+        output = whole.finish(
+            options.gpus, f"checkpoint.every={options.every}", f"training.stop_at={3 * options.every}"
+        )
+        undisturbed = read_metrics(whole.run_dir / "metrics.jsonl")
+        results |= cost(undisturbed, output, options.every)
+        shutil.rmtree(whole.run_dir)  # its checkpoints
+        broken = Runs(options, Path(folder) / "killed")
+        # More often, so that there is one soon; the interval changes no loss.
+        results |= broken.kill(options.gpus, f"checkpoint.every={AFTER}")
+        before = read_metrics(broken.run_dir / "metrics.jsonl")
+        results["apart_before"] = largest(undisturbed, before)
+        results["resumed"] = []
+        for ranks in options.resume_on:
+            if device == "cuda" and ranks > torch.cuda.device_count():
+                say(f"SKIPPED: a resume on {ranks} GPUs, as there are {torch.cuda.device_count()} here")
+                results["skipped"].append(ranks)
+                continue
+            step = read_marker(find_checkpoints(broken.run_dir)[-1]).state.step
+            last = min(step + AFTER, 3 * options.every)
+            broken.finish(ranks, f"checkpoint.every={options.every}", f"training.stop_at={last}")
+            records = [r for r in read_metrics(broken.run_dir / "metrics.jsonl") if r["step"] > step]
+            apart = largest(undisturbed, records)
+            results["resumed"].append({"ranks": ranks, "from": step, "to": last, "apart": apart})
+            say(f"resumed on {ranks}: losses of steps {step + 1} to {last} differ by {apart:.2e} at most")
+    write_atomically(options.out / "checkpoints.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+class Runs:
+    """Starts of train.py in one run directory."""
+
+    def __init__(self, options: argparse.Namespace, run_dir: Path) -> None:
+        self.options, self.run_dir = options, run_dir
+        self.starts = 0
+
+    def finish(self, ranks: int, *overrides: str) -> str:
+        """A start that comes to its end. Returns what it printed; raises StepsFailed."""
+        process, log = self._start(ranks, overrides)
+        begin = told = time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.2)
+            if time.monotonic() - told > 10:
+                told = time.monotonic()
+                say(f"  step {self._step()}")
+            if time.monotonic() - begin > TIMEOUT:
+                _kill(process)
+        output = log.read_text(errors="replace")
+        if process.returncode:
+            raise StepsFailed(f"{reason(output, process.returncode)} (all of it: {log})", output)
+        return output
+
+    def kill(self, ranks: int, *overrides: str) -> dict[str, int]:
+        """A start that is killed some steps after its first checkpoint. Returns the steps it reached and lost."""
+        process, log = self._start(ranks, overrides)
+        begin, first = time.monotonic(), None
+        while first is None or self._step() < first + 5:
+            time.sleep(0.05)
+            if process.poll() is not None or time.monotonic() - begin > TIMEOUT:
+                _kill(process)
+                output = log.read_text(errors="replace")
+                raise StepsFailed(f"no checkpoint to kill it after: {reason(output, 0)} (all of it: {log})", output)
+            if first is None and find_checkpoints(self.run_dir):
+                first = self._step()
+        _kill(process)
+        reached = self._step()
+        saved = read_marker(find_checkpoints(self.run_dir)[-1]).state.step
+        say(f"killed after step {reached}; its newest checkpoint is of step {saved}")
+        return {"killed_at": reached, "lost": reached - saved}
+
+    def _start(self, ranks: int, overrides: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], Path]:
+        options = self.options
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train.py")]
+        command += [
+            f"model={options.model}",
+            f"data.path={options.data.resolve()}",
+            f"data.sequence_length={options.time}",
+            f"training.micro_batch_size={options.micro_batch}",
+            f"training.global_batch_size={options.batch}",
+            "training.steps=1000",
+            "schedule.warmup_steps=100",
+            "evaluation.every=0",
+            "checkpoint.keep=1",
+            "logging.every=1",
+            "logging.wandb.mode=disabled",
+            f"run.dir={self.run_dir}",
+            *options.set,
+            *overrides,
+        ]
+        self.starts += 1
+        log = options.out / f"{self.run_dir.name}-{self.starts}.log"
+        say(f"{self.run_dir.name}, start {self.starts}: {ranks} rank(s), {' '.join(overrides)}")
+        with open(log, "wb") as file:
+            return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT), log
+
+    def _step(self) -> int:
+        """The last recorded step."""
+        try:
+            lines = (self.run_dir / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return 0
+        return json.loads(lines[-1])["step"] if lines else 0
+
+
+def cost(records: list[Record], output: str, every: int) -> dict[str, Any]:
+    """What checkpoints every `every` steps cost, from the records of all steps and what the run printed."""
+    elapsed = {record["step"]: record["time/elapsed_seconds"] for record in records}
+    seconds = {step: elapsed[step] - elapsed[step - 1] for step in elapsed if step - 1 in elapsed}
+    warmup = min(WARMUP, every // 2)
+    # A record is written before the checkpoint of its step: the step after it has the wait.
+    without = [seconds[step] for step in range(warmup + 1, every + 1)]
+    with_them = [seconds[step] for step in range(every + 1, max(seconds) + 1)]
+    saved = []
+    for step, megabytes, wrote, waited in SAVED.findall(output):
+        after = seconds.get(int(step) + 1)
+        saved.append(
+            {
+                "step": int(step),
+                "bytes": float(megabytes.replace(",", "")) * 1e6,
+                "write_seconds": float(wrote),
+                "staging_seconds": float(waited) if waited else None,  # None: training waited for the write
+                "stall_seconds": after - median(without) if after is not None else None,
+            }
+        )
+    rates = {"without_seconds": mean(without), "with_seconds": mean(with_them)}
+    return {"saved": saved, **rates, "ratio": rates["without_seconds"] / rates["with_seconds"]}
+
+
+def largest(undisturbed: list[Record], records: list[Record]) -> float:
+    """Largest absolute difference of the losses of the same steps."""
+    losses = {record["step"]: record["train/loss"] for record in undisturbed}
+    return max(abs(losses[record["step"]] - record["train/loss"]) for record in records)
+
+
+def render(results: dict[str, Any]) -> str:
+    """The results as Markdown."""
+
+    def seconds(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f} s"
+
+    rows = [
+        f"| {row['step']} | {row['bytes'] / 1e9:.2f} GB | {seconds(row['staging_seconds'])} | "
+        f"{seconds(row['stall_seconds'])} | {seconds(row['write_seconds'])} |"
+        for row in results["saved"]
+    ]
+    every, lost = results["every"], results["lost"]
+    resumed = [
+        f"| {row['ranks']} | {row['from']} | {row['from'] + 1}–{row['to']} | {row['apart']:.1e} |"
+        for row in results["resumed"]
+    ]
+    resumed += [f"| {ranks} | skipped: not so many GPUs here | | |" for ranks in results["skipped"]]
+    return "\n\n".join(
+        [
+            f"    {results['command']}",
+            machine(results["environment"]),
+            f"{results['shape']}. Throughput with a checkpoint every {every} steps is {results['ratio']:.4f} of that "
+            f"without ({results['with_seconds']:.3f} s and {results['without_seconds']:.3f} s a step).",
+            "| checkpoint of step | size | training waited for the copy | next step longer by | write, checks |\n"
+            "|---|---|---|---|---|\n" + "\n".join(rows),
+            f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {lost} steps were made again. Until "
+            f"then its losses and those of the undisturbed run differed by {results['apart_before']:.1e} at most.",
+            "| resumed on ranks | from step | steps compared | largest difference of the loss |\n|---|---|---|---|\n"
+            + "\n".join(resumed),
+        ]
+    )
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the ranks, all at once; a launcher then ends by itself."""
+    ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == process.pid]
+    for pid in ranks or [process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(60)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return None
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="What checkpoints cost, and whether a killed run goes on.")
+    parser.add_argument("--data", type=Path, help="token shards, as scripts/prepare_data.py writes them")
+    parser.add_argument("--out", type=Path, help="folder for checkpoints.json and logs")
+    parser.add_argument("--scratch", type=Path, help="folder for checkpoints, on a local disk (default: the system's)")
+    parser.add_argument("--model", default="moda_700m", help="option of train.py")
+    parser.add_argument("--gpus", type=int, default=2, help="ranks of the undisturbed and of the killed run")
+    parser.add_argument("--resume-on", type=int, nargs="+", default=[1, 4], help="ranks, one after the other")
+    parser.add_argument(
+        "--every", type=int, default=100, help="steps between checkpoints; the run makes three times so many"
+    )
+    parser.add_argument("--micro-batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16, help="instances of a step, on any number of ranks")
+    parser.add_argument("--time", type=int, default=2048, help="tokens of an instance")
+    parser.add_argument("--set", action="append", default=[], help="an override of train.py for all runs")
+    parser.add_argument("--from", dest="results", type=Path, help="show these results, measure nothing")
+    parser.add_argument("--docs", action="store_true", help="write the section of docs/benchmarks.md")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""scripts/benchmark_checkpoints.py: a whole measurement on a tiny model, and the arithmetic of its table."""
+
+import json
+
+import pytest
+
+from scripts import benchmark_checkpoints
+from scripts.benchmark_checkpoints import cost, largest, main
+
+TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "head_dim=8", "intermediate_size=48"]
+SHAPE = ["--model", "moda_tiny", "--time", "16", "--micro-batch", "2", "--batch", "4", "--set=training.device=cpu"]
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_killed_and_continued(shards, tmp_path, capsys):
+    arguments = ["--data", str(shards), "--out", str(tmp_path), "--gpus", "1", "--resume-on", "1", "--every", "40"]
+    status = main([*arguments, "--scratch", str(tmp_path), *SHAPE, *(f"--set=model.{field}" for field in TINY)])
+    shown = capsys.readouterr()
+    assert status == 0, shown.err
+    results = json.loads((tmp_path / "checkpoints.json").read_text())
+    assert [row["step"] for row in results["saved"]] == [40, 80, 120]
+    assert all(row["staging_seconds"] < 5 for row in results["saved"])
+    assert results["apart_before"] == 0
+    (resumed,) = results["resumed"]
+    assert resumed["from"] == results["killed_at"] - results["lost"] >= 20
+    assert resumed["apart"] == 0  # the same number of ranks, fp32 on a CPU: bit for bit
+    assert f"| 1 | {resumed['from']} | {resumed['from'] + 1}–{resumed['to']} | 0.0e+00 |" in shown.out
+    assert not list(tmp_path.glob("checkpoints-*")), "checkpoints are deleted"
+
+
+def records(seconds):
+    elapsed = [sum(seconds[: count + 1]) for count in range(len(seconds))]
+    return [{"step": n + 1, "train/loss": 2.0 + n, "time/elapsed_seconds": t} for n, t in enumerate(elapsed)]
+
+
+def test_the_wait_of_a_checkpoint_is_that_of_the_step_after_it():
+    seconds = [9.0] + [1.0] * 29  # the first step compiles
+    seconds[10] = 1.5  # step 11, after the checkpoint of step 10
+    output = "checkpoint /a/step-10 | 8,512.3 MB in 12.5 s, training waited 0.40 s\n"
+    output += "checkpoint /a/step-30 | 8,512.3 MB in 12.5 s, training waited\n"
+    found = cost(records(seconds), output, every=10)
+    first, last = found["saved"]
+    assert (first["step"], first["bytes"], first["write_seconds"]) == (10, pytest.approx(8512.3e6), 12.5)
+    assert (first["staging_seconds"], first["stall_seconds"]) == (0.4, pytest.approx(0.5))
+    assert (last["staging_seconds"], last["stall_seconds"]) == (None, None)
+    assert found["ratio"] == pytest.approx(1 / 1.025)
+
+
+def test_losses_of_the_same_steps_are_compared():
+    other = records([1.0] * 5)[2:]
+    other[1]["train/loss"] += 0.25
+    assert largest(records([1.0] * 8), other) == 0.25
+
+
+def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
+    for arguments, words in (
+        ([], "--data SHARDS and --out DIR are needed"),
+        (["--data", str(tmp_path), "--out", str(tmp_path)], "holds no token shards"),
+        (["--data", str(shards), "--out", str(tmp_path), "--every", "5"], "--every 5 leaves too few steps"),
+    ):
+        assert main(arguments) == 2
+        assert words in capsys.readouterr().err
+    arguments = ["--data", str(shards), "--out", str(tmp_path), "--gpus", "1", "--set=model.norm=x"]
+    assert main([*arguments, *SHAPE]) == 1
+    assert "error: model.norm=x cannot be used" in capsys.readouterr().err
+
+
+def test_the_documentation_has_the_marks_of_its_section():
+    benchmark_checkpoints.SECTION.check(benchmark_checkpoints.PAGE)
