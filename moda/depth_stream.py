@@ -46,7 +46,8 @@ class _Lease:
     operations: int = 0  # writes and reads of the forward pass so far
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
-    aliases: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # slot: its K and V, without their graph
+    query_heads: int | None = None  # of the layers that read slots
+    aliases: dict[int, list[Tensor]] = field(default_factory=dict)  # slot: K and V as returned, without their graphs
     spent: float = math.inf  # slots from this one on hold sums of gradients
     readers: dict[int, Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
 
@@ -82,14 +83,20 @@ class _Lease:
         """
         self.spent = min(self.spent, first)
         for slot in range(first, stop):
-            torch.autograd.graph.increment_version(self.aliases.get(slot, ()))
+            torch.autograd.graph.increment_version(self.aliases.get(slot, []))
         keys, values = (x[first:stop].view(-1).view(dtype).view(-1, *x.shape[1:]) for x in self.storage())
         return keys, values
+
+    def apart(self, x: Tensor) -> Tensor:
+        """x, or a copy where it lies in the slots, which may be spent while a reader still needs it."""
+        slots = (tensor.untyped_storage().data_ptr() for tensor in self.storage())
+        return x.clone() if x.untyped_storage().data_ptr() in slots else x
 
     def end_backward(self) -> None:
         """The whole graph has been gone through: free the slots unless the graph is kept."""
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self.keys = self.values = None
+            self.aliases.clear()
 
 
 _numbers = itertools.count()  # of leases: one sequence for all streams, so that a handle never fits another's
@@ -262,6 +269,13 @@ class DepthStream:
             if missing := [s for s in range(start, stop) if s not in lease.written]:
                 at, slot = divmod(missing[0], self.slots_per_layer)
                 raise RuntimeError(f"Layer {layer} reads slot {slot} of layer {at}, which nothing has written.")
+        if self.read_ranges(layer):
+            lease.query_heads = lease.query_heads or q.shape[2]
+            if q.shape[2] != lease.query_heads:
+                raise ValueError(
+                    f"q {tuple(q.shape)} of layer {layer} must have the {lease.query_heads} query heads of the layers "
+                    "that have read slots before it in this pass."
+                )
         operations = choose_backend(backend, q, k, cu_seqlens)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens, operations)
@@ -347,7 +361,7 @@ class _Write(torch.autograd.Function):
         slot_k.copy_(k)
         slot_v.copy_(v)
         lease.written.add(slot)
-        lease.aliases[slot] = (slot_k.detach(), slot_v.detach())
+        lease.aliases.setdefault(slot, []).extend((slot_k.detach(), slot_v.detach()))  # a recomputation makes new ones
         ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape
         return slot_k, slot_v, _next_handle(handle, lease)
 
@@ -382,15 +396,16 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, do, dhandle):
         if do is None:  # the output is not part of the loss
             return dhandle if dhandle is None else dhandle.new_empty(ctx.handle_shape), *[None] * 9
-        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         slots = _slots(ctx.stream, ctx.lease, ctx.layer)
-        arguments = (do, q, k, v, out, lse, slots, ctx.scale, cu_seqlens)
+        q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+        rest = (k, v, out, lse, slots, ctx.scale, cu_seqlens)
         if slots:
             readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, lse)
-            dq, dk, dv = ctx.operations.reader_backward(*arguments, readers, ctx.layer)
+            kept = ctx.lease.apart(do), ctx.lease.apart(q)
+            dq, dk, dv = ctx.operations.reader_backward(*kept, *rest, readers, ctx.layer)
             readers.ways[ctx.layer] = Way(ctx.scale, ctx.operations)
         else:
-            dq, dk, dv, _ = ctx.operations.joint_backward(*arguments)
+            dq, dk, dv, _ = ctx.operations.joint_backward(do, q, *rest)
         return do.new_empty(ctx.handle_shape), dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *[None] * 6
 
 

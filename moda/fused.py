@@ -96,9 +96,9 @@ def reader_backward(
     """dq, dk, dv; what the slots pull later is left to `readers`."""
     from moda.kernels import depth, fused
 
-    do, delta = do.contiguous(), readers.delta[layer]
+    do, delta = depth.addressable(do), readers.delta[layer]
     dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
-    q = q.contiguous()
+    q = depth.addressable(q)
     readers.keep(layer, q, do)
     leave = {"address": readers.addresses[layer], "reader_lse": readers.lse[layer]}
     for keys, values in slots:

@@ -93,7 +93,7 @@ def reader_backward(
     """dq, dk, dv; what the slots pull later is left to `readers` in the same pass."""
     from moda.kernels import depth
 
-    do, q = do.contiguous(), q.contiguous()
+    do, q = depth.addressable(do), depth.addressable(q)
     dq, dk, dv = sequence.backward(do, q, k, v, out, lse, scale, cu_seqlens)
     readers.keep(layer, q, do)
     delta, lse_copy, address = readers.delta[layer], readers.lse[layer], readers.addresses[layer]

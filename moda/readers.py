@@ -99,7 +99,7 @@ class Readers:
             slots = slice(first * slots_per_layer, (layer + 1) * slots_per_layer)
             common = self._common(first, layer, reads) if first < layer else []
             room = None
-            if common and spare is not None:
+            if common and spare is not None and keys.stride(0) * keys.itemsize % self.lse.itemsize == 0:
                 needed = (slots.stop - slots.start) * self.lse.dtype.itemsize // keys.dtype.itemsize
                 room = spare(slots.stop, slots.stop + needed, self.lse.dtype)
             sums = self._sum(common, keys[slots], values[slots], None, self.lse.dtype, room)

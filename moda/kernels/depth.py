@@ -385,13 +385,19 @@ def _check_tokens(
         assert tensor.is_contiguous()
 
 
+def addressable(x: Tensor) -> Tensor:
+    """x as a reader's tensors have to lie, contiguous and from a multiple of ALIGNMENT on: itself, or a copy."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % ALIGNMENT else x
+
+
 def _check_stacked(
     tensors: list[Tensor], shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> None:
     """Assert the same of tensors of slots or readers, which have one stride along their first axis, of any size."""
     for tensor in tensors:
         assert tensor.shape == shape
-        assert tensor.stride(0) == tensors[0].stride(0)
+        assert tensor.stride(0) == tensors[0].stride(0) or shape[0] < 2
         if shape[0]:
             _check_tokens([tensor[0]], shape[1:], dtypes, device)
 

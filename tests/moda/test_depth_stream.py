@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import moda
@@ -482,3 +483,82 @@ def test_a_stream_that_cannot_be_made_names_the_argument(change, words):
     arguments = {"num_layers": 3, "batch": 1, "time": 4, "num_kv_heads": 2, "head_dim": 8, "slots_per_layer": 1}
     with pytest.raises(ValueError, match=words):
         moda.DepthStream(**{**arguments, **change}, dtype=torch.float32, device="cpu")
+
+
+class Sharing(torch.nn.Module):
+    """A layer whose queries are its keys as the slot has them."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.kv, self.slot, self.out, self.ffn = layer.kv, layer.slot, layer.out, layer.ffn
+        self.split, self.kv_heads, self.head_dim = layer.split, layer.kv_heads, layer.head_dim
+
+    def forward(self, x, handle, stream, layer):
+        k, v, handle = stream.write(handle, layer, 0, *self.split(self.kv(x)))
+        out, handle = stream.attend(handle, layer, k, k, v)
+        x = x + self.out(out.flatten(2))
+        _, _, handle = stream.write(handle, layer, 1, *self.split(self.slot(x)))
+        return x + torch.tanh(self.ffn(x)), handle
+
+
+def test_queries_that_lie_in_a_slot_outlive_it():
+    stack, x = Stack(num_layers=3 * BLOCK_LAYERS + 1, heads=2), random_input()
+    stack.layers = torch.nn.ModuleList(Sharing(layer) for layer in stack.layers)
+    retained = stack.gradients(loss_of(stack(x)), retain_graph=True)  # no slot is spent
+    assert_equal_gradients(stack.gradients(loss_of(stack(x))), retained)
+
+
+def test_a_slot_saved_elsewhere_raises_after_a_recomputation_too():
+    stack, x, saved = Stack(num_layers=3 * BLOCK_LAYERS), random_input(), []
+    stream = stack.stream(x)
+    write = stream.write
+    stream.write = lambda *arguments: saved.append(write(*arguments)) or saved[-1]
+    loss = loss_of(stack(x, stream, call=lambda block, *args: checkpoint(block, *args, use_reentrant=False)))
+    key = saved[2 * BLOCK_LAYERS][0].detach().requires_grad_()
+    norm = key.square().sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="inplace"):
+        norm.backward()
+
+
+def test_a_backward_pass_gives_the_memory_of_the_slots_back():
+    stack, x = Stack(), random_input()
+    stream, seen = stack.stream(x), []
+    write = stream.write
+
+    def watched(*arguments):
+        k, v, handle = write(*arguments)
+        seen.extend(StorageWeakRef(t.untyped_storage()) for t in (k, v))
+        return k, v, handle
+
+    stream.write = watched
+    loss = loss_of(stack(x, stream))
+    assert not any(reference.expired() for reference in seen)
+    loss.backward()
+    assert loss.grad_fn is not None
+    assert all(reference.expired() for reference in seen)
+
+
+def test_layers_of_a_pass_have_one_number_of_query_heads():
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=1, dtype=SLOT.dtype, device="cpu")
+    handle = stream.start()
+    for layer, heads in enumerate((6, 4, 2)):  # the first reads no slots
+        k, v, handle = stream.write(handle, layer, 0, SLOT, SLOT)
+        q = torch.zeros(1, 4, heads, 8)
+        if layer == 2:
+            with pytest.raises(ValueError, match=r"q \(1, 4, 2, 8\) of layer 2 must have the 4 query heads"):
+                stream.attend(handle, layer, q, k, v)
+        else:
+            _, handle = stream.attend(handle, layer, q, k, v)
+
+
+def test_slots_of_an_odd_number_of_elements_leave_their_sums_apart():
+    stream = moda.DepthStream(9, 1, 1, 1, 3, slots_per_layer=1, dtype=torch.bfloat16, device="cpu")
+    x = torch.ones(1, 1, 1, 3, dtype=torch.bfloat16, requires_grad=True)
+    handle, total = stream.start(), torch.zeros(())
+    for layer in range(9):
+        k, v, handle = stream.write(handle, layer, 0, x, x)
+        out, handle = stream.attend(handle, layer, x, k, v)
+        total = total + out.float().sum()
+    stream.finish(handle, total).backward()
+    assert x.grad.isfinite().all()

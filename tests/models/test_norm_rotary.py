@@ -77,7 +77,7 @@ else:
     from models import norm_rotary_kernel
     from tests.models.plain import build, small, tokens
 
-    @pytest.mark.parametrize("programs", [1056, 2])
+    @pytest.mark.parametrize("programs", [2112, 2])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_outputs_and_gradients_are_those_of_the_layers(shape, programs, monkeypatch):
         monkeypatch.setattr(norm_rotary_kernel, "BACKWARD_PROGRAMS", programs)
