@@ -44,6 +44,7 @@ from training.storage import ChecksummedWriter, first_difference
 from training.watchdog import UNWATCHED, Watch
 
 WAIT_SECONDS = 0.5  # between looks at a write that training waits for
+COPIED = ("model", "optimizer")  # parts of a checkpoint that training goes on to change
 STAGES = ("its files of the checkpoint", "the check of its files")  # of a rank's part of a save
 
 
@@ -95,15 +96,16 @@ class CheckpointSaver:
         state.permanent = permanent is not None and state.step // permanent > self.saved_step // permanent
         rank = self._world.rank
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
-        # The next step enters the window before the hook of the optimizer waits for the copy.
-        tensors["skip"] = {name: tensor.clone() for name, tensor in tensors["skip"].items()}
+        # Copied at once: the next step enters the window before the hook of the optimizer waits for the other copies.
+        # The stager gets what lives as long as the run: for a new tensor it would pin host memory anew in every save.
+        tensors["skip"] = {name: tensor.to("cpu", copy=True) for name, tensor in tensors["skip"].items()}
         if state.device == "cuda":
             torch.cuda.current_stream().synchronize()  # the copy runs on a stream of its own
         copying: Any = None
         if self._stager is not None:
             try:
-                copying = self._stager.stage(tensors)
-            except (RuntimeError, MemoryError) as error:
+                copying = self._stager.stage({part: tensors[part] for part in COPIED})
+            except Exception as error:  # whatever it is: a checkpoint can be written without a copy
                 copying = error
         self._staging = (copying, tensors, state, delete_old)
         self._stalled = time.perf_counter() - begin
@@ -119,7 +121,7 @@ class CheckpointSaver:
         if isinstance(copied, Future):
             try:
                 copied = copied.result()
-            except (RuntimeError, MemoryError) as error:
+            except Exception as error:  # likewise
                 copied = error
         if self._world.any(isinstance(copied, Exception)):
             reason = copied if isinstance(copied, Exception) else "on another rank"
@@ -127,9 +129,11 @@ class CheckpointSaver:
             self.close_stager()
             copied = None
         synchronous = copied is None
+        if not synchronous:
+            tensors |= copied
         self._writing_step, self._stages = state.step, 0
         stalled = None if synchronous else self._stalled + time.perf_counter() - begin
-        self._writing = self._thread.submit(self._write, tensors if synchronous else copied, state, delete_old, stalled)
+        self._writing = self._thread.submit(self._write, tensors, state, delete_old, stalled)
         if synchronous:
             self.wait()
 

@@ -27,6 +27,9 @@ QUIET = [
 ]
 
 
+LAUNCHER = "torch.distributed.elastic"  # torchrun's own words on a rank that failed say nothing of why
+
+
 class StepsFailed(RuntimeError):
     """The processes failed: the reason in a line, and all that they printed."""
 
@@ -55,7 +58,7 @@ def run_steps(
 
 def reason(stderr: str, status: int) -> str:
     """Why a process failed, from what it printed, in a line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip() and LAUNCHER not in line]
     for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
         for line in reversed(lines):
             if word in line:

@@ -1,5 +1,7 @@
 """Batches on a GPU: pinned memory, document masks and packing in a step that never waits for the device."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.shards import EOS, tiny_config
 from training.distributed import distributed_world
 from training.signals import stop_on_signals
 from training.trainer import Trainer
+from training.watchdog import Watchdog
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +32,8 @@ def configured(shards, run_dir, **data):
 def test_a_step_with_document_masks_takes_pinned_batches_and_never_waits(packing, shards, tmp_path):
     config = configured(shards, tmp_path / "run", document_mask=True, packing=packing)
     with distributed_world("cuda") as world, stop_on_signals() as stop:
-        trainer = Trainer(config, world, stop, None)
+        watchdog = Watchdog(world, Path(config.run.dir), factor=0, seconds=1)  # which never ends a run
+        trainer = Trainer(config, world, stop, watchdog, None)
         batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
         for part in batches[0]:
             assert part.inputs.is_pinned()

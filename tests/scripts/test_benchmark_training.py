@@ -93,4 +93,6 @@ def test_a_later_result_replaces_an_earlier_one_and_its_failure():
 def test_the_reason_of_a_failure_is_the_line_that_says_it():
     assert reason("a\ntorch.OutOfMemoryError: CUDA out of memory.\nValueError: later", 1).startswith("torch.OutOf")
     assert reason("x\nerror: model.norm=y cannot be used\nz", 2) == "error: model.norm=y cannot be used"
+    launched = "[rank0]: RuntimeError: why\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nFAILED"
+    assert reason(launched, 1) == "[rank0]: RuntimeError: why"
     assert reason("", 9) == "exit status 9"

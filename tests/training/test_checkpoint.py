@@ -190,6 +190,21 @@ def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_copies_are_of_tensors_that_live_as_long_as_the_run(shards, tmp_path, monkeypatch):
+    seen, original = [], training.saver.DefaultStager.stage
+
+    def stage(self, tensors):
+        leaves = torch.utils._pytree.tree_leaves(tensors)
+        locals_ = [leaf.to_local() if hasattr(leaf, "to_local") else leaf for leaf in leaves]
+        seen.append({tensor.untyped_storage().data_ptr() for tensor in locals_ if isinstance(tensor, torch.Tensor)})
+        return original(self, tensors)
+
+    monkeypatch.setattr(training.saver.DefaultStager, "stage", stage)
+    train(short(shards, tmp_path / "run", keep=None))
+    assert len(seen) > 1
+    assert all(storages == seen[0] for storages in seen)
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tmp_path):
     """The next step enters the window in place, before its optimizer waits for the copy."""
@@ -200,13 +215,15 @@ def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tm
         assert int(entered) == read_marker(path).state.step
 
 
-def test_without_host_memory_for_a_copy_training_waits_and_says_why(shards, saved, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
+def test_without_host_memory_for_a_copy_training_waits_and_says_why(kind, shards, saved, tmp_path, monkeypatch, capsys):
     def stage(self, tensors):
-        raise RuntimeError("cannot pin 8 GB")
+        raise kind("cannot pin 8 GB")
 
     monkeypatch.setattr(training.saver.DefaultStager, "stage", stage)
     train(short(shards, tmp_path / "run", keep=None))
-    assert capsys.readouterr().out.count("while training waits: no copy in host memory (RuntimeError: cannot pin") == 1
+    said = f"while training waits: no copy in host memory ({kind.__name__}: cannot pin"
+    assert capsys.readouterr().out.count(said) == 1
     assert names(tmp_path / "run") == names(saved)
     for path in find_checkpoints(tmp_path / "run"):
         verify(path)
