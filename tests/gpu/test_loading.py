@@ -11,6 +11,7 @@ from tests.shards import EOS, tiny_config
 from training.distributed import distributed_world
 from training.signals import stop_on_signals
 from training.trainer import Trainer
+from training.watchdog import Watchdog
 
 pytestmark = pytest.mark.gpu
 
@@ -29,7 +30,7 @@ def configured(shards, run_dir, **data):
 def test_a_step_with_document_masks_takes_pinned_batches_and_never_waits(packing, shards, tmp_path):
     config = configured(shards, tmp_path / "run", document_mask=True, packing=packing)
     with distributed_world("cuda") as world, stop_on_signals() as stop:
-        trainer = Trainer(config, world, stop, None)
+        trainer = Trainer(config, world, stop, Watchdog(world, tmp_path / "run", factor=0, seconds=1), None)
         batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
         for part in batches[0]:
             assert part.inputs.is_pinned()

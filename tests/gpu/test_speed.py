@@ -20,6 +20,7 @@ from training.metrics import read_metrics
 from training.optimizer import build_optimizer
 from training.signals import stop_on_signals
 from training.trainer import Trainer, train
+from training.watchdog import Watchdog
 
 
 def configured(shards, run_dir, depth=True, **parallel):
@@ -70,7 +71,7 @@ def test_compiled_and_checkpointed_runs_follow_the_plain_one(depth, shards, tmp_
 def test_a_step_never_waits_for_the_device(depth, shards, tmp_path):
     config = configured(shards, tmp_path / "run", depth)
     with distributed_world("cuda") as world, stop_on_signals() as stop:
-        trainer = Trainer(config, world, stop, None)
+        trainer = Trainer(config, world, stop, Watchdog(world, tmp_path / "run", factor=0, seconds=1), None)
         batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
         for batch in batches[:2]:  # compiles, makes the optimizer's state
             trainer._step(batch)
