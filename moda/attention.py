@@ -1,7 +1,7 @@
 """The public operator: joint attention over a sequence and over given depth slots, with dense gradients for all inputs.
 
 In: queries, keys, values and, optionally, depth keys and values. Out: the attention output, and its log-sum-exp on
-request. Arguments are checked here; the arithmetic is a backend's (`moda.reference`, `moda.joined`).
+request. Arguments are checked here; the arithmetic is a backend's (`moda.joined`, `moda.fused` or `moda.reference`).
 """
 
 from __future__ import annotations

@@ -7,13 +7,16 @@ as the paper prints and as MFU is usually reported; *causal*, over the pairs tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
 
 import moda
-from models.config import ModelConfig
+from models.config import ACTIVATION_CHECKPOINTING, ModelConfig
 from models.cross_entropy import chunk_tokens
 from models.decoder import Decoder
 from models.parallelize import prepare_blocks
@@ -30,11 +33,14 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "L40S": 362e12,
 }
+SLICE = re.compile(r"MIG|\d+C(ME)?")  # a word in the name of a part of a device: of MIG, of a virtual GPU
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a device as `torch.cuda.get_device_name` calls it; None if unknown."""
+    """Dense bf16 peak, FLOP/s, of a device as `torch.cuda.get_device_name` calls it; None if unknown, or of a slice."""
     words = device_name.replace("-", " ").split()
+    if any(SLICE.fullmatch(word) for word in words):
+        return None
     known = [name for name in PEAK_FLOPS if all(word in words for word in name.split())]
     return PEAK_FLOPS[max(known, key=len)] if known else None
 
@@ -116,9 +122,10 @@ def forward_flops(config: ModelConfig, sequence_length: int) -> Flops:
     )
 
 
-def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float:
-    """Forward and backward operations a token, attention counted full: what MFU is computed from."""
-    return 3 * forward_flops(config, sequence_length).full / sequence_length
+def training_flops_per_token(config: ModelConfig, sequence_length: int) -> tuple[float, float]:
+    """Forward and backward operations a token, attention counted full and causal: what MFU is computed from."""
+    forward = forward_flops(config, sequence_length)
+    return 3 * forward.full / sequence_length, 3 * forward.causal / sequence_length
 
 
 @dataclass(frozen=True)
@@ -190,15 +197,14 @@ def memory(
     root_parameters = parameters - sum(p.numel() for p in model.blocks.parameters())
     shard = -(-parameters * replicate // world_size) * 4
 
-    def kept(num_layers: int, checkpointing: str) -> int:
-        shape = replace(config, num_layers=num_layers)
-        return _kept(shape, micro_batch_size, sequence_length, compute_dtype, checkpointing, compiled)
+    shape = tuple(asdict(config).items())
+    kept = _kept(shape, micro_batch_size, sequence_length, compute_dtype, compiled)
 
     def of_layers(checkpointing: str) -> tuple[int, int]:  # of all layers, and of one
         if config.num_layers <= 3:
-            total = kept(config.num_layers, checkpointing)
+            total = kept[config.num_layers, checkpointing]
             return total, total // config.num_layers
-        two, three = kept(2, checkpointing), kept(3, checkpointing)
+        two, three = kept[2, checkpointing], kept[3, checkpointing]
         return two + (config.num_layers - 2) * (three - two), three - two
 
     activations, of_one = of_layers(activation_checkpointing)
@@ -224,17 +230,40 @@ def memory(
     )
 
 
+@lru_cache
 def _kept(
-    config: ModelConfig,
+    shape: tuple[tuple[str, Any], ...],
     micro_batch_size: int,
     sequence_length: int,
     compute_dtype: torch.dtype,
-    activation_checkpointing: str,
     compiled: bool,
-) -> int:
-    """Bytes that a forward pass leaves for backward, weights left out: a real one, on the meta device."""
-    with torch.device("meta"):
-        model = Decoder(config).to(compute_dtype)
+) -> dict[tuple[int, str], int]:
+    """Bytes that a forward pass leaves for backward, weights left out, by (layers, activation checkpointing).
+
+    `shape`: fields of the configuration. The passes are real ones, on the meta device, through two and three layers, or
+    all of them where these are fewer.
+    """
+    config = ModelConfig(**dict(shape))
+    counts = (config.num_layers,) if config.num_layers <= 3 else (2, 3)
+    models = {}
+    for kind in ACTIVATION_CHECKPOINTING:  # all are prepared before one runs: compiled regions are then shared
+        for num_layers in counts:
+            with torch.device("meta"):
+                model = Decoder(replace(config, num_layers=num_layers)).to(compute_dtype)
+            prepare_blocks(model, kind, "aot_eager_decomp_partition" if compiled else None)
+            models[num_layers, kind] = model
+    ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
+    kept = {key: _saved(model, ids) for key, model in models.items()}
+    if config.depth_kv:
+        # Full checkpointing drops what blocks save; the stream's slots are not part of that and stay.
+        slot = ids.numel() * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
+        for num_layers in counts:
+            kept[num_layers, "full"] += 2 * num_layers * config.slots_per_layer * slot
+    return kept
+
+
+def _saved(model: Decoder, ids: torch.Tensor) -> int:
+    """Bytes of what autograd saves of the loss of `ids`, weights left out."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[torch.UntypedStorage] = []
@@ -246,20 +275,15 @@ def _kept(
             alive.append(storage)  # so that no other storage takes its address
         return tensor
 
-    prepare_blocks(model, activation_checkpointing, "aot_eager_decomp_partition" if compiled else None)
-    ids = torch.empty(micro_batch_size, sequence_length, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(ids, ids)
-    if config.depth_kv and activation_checkpointing == "full":
-        # Checkpointing drops what blocks save; the stream's slots are not part of that and stay.
-        slot = micro_batch_size * sequence_length * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
-        kept[-1] = 2 * config.num_layers * config.slots_per_layer * slot
     return sum(kept.values())
 
 
 def describe(config: ModelConfig, sequence_length: int, held: Memory) -> str:
     """A table of all of the above, printed before the first step."""
     parameters, flops = count_parameters(config), forward_flops(config, sequence_length)
+    full, causal = training_flops_per_token(config, sequence_length)
     rows = [
         ("parameters", _scaled(parameters.total)),
         (
@@ -271,7 +295,7 @@ def describe(config: ModelConfig, sequence_length: int, held: Memory) -> str:
         ("  projections", _scaled(flops.matmul, "FLOP")),
         ("  attention", f"{_scaled(flops.attention_full, 'FLOP')} full, {_scaled(flops.attention_causal)} causal"),
         ("  depth reads", f"{_scaled(flops.depth, 'FLOP')}, {slots_read(config):,} slots a token"),
-        ("training", f"{_scaled(training_flops_per_token(config, sequence_length), 'FLOP')} a token (full)"),
+        ("training", f"{_scaled(full, 'FLOP')} a token full, {_scaled(causal)} causal"),
         ("memory of a rank", f"{_scaled(held.total, 'B')} at the peak, {held.peak}"),
         *((f"  {field.name}", _scaled(getattr(held, field.name), "B")) for field in fields(held)),
     ]

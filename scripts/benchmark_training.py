@@ -5,7 +5,8 @@ of its own that runs real steps of train.py. Out: `training.json` in DIR after e
 
     --cold        before each row, one step with empty compilation caches: time from start to first step
     --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
-    --from FILE   shows an earlier `training.json` (several: rows of later files win)
+    --from FILE   shows an earlier `training.json` (several: a table for each machine and its versions, newest first, in
+                  which rows of later files win)
     --docs        writes the table into docs/benchmarks.md
     --set KEY=VALUE   an override of train.py for all rows
 """
@@ -43,17 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
         if options.docs:
             SECTION.check(PAGE)
         if options.results:
-            results = merge([json.loads(path.read_text(encoding="utf-8")) for path in options.results])
+            parts = [read(path) for path in options.results]
         else:
-            results = run(options, shlex.join(["python", "scripts/benchmark_training.py", *arguments]))
+            parts = [run(options, shlex.join(["python", "scripts/benchmark_training.py", *arguments]))]
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(tables.render(results))
+    groups = tables.merge(parts)
+    print(tables.render(groups))
     if options.docs:
-        SECTION.replace(PAGE, tables.render(results))
+        SECTION.replace(PAGE, tables.render(groups))
         print(f"written: {PAGE}")
-    return 1 if results["failures"] else 0
+    return 1 if any(group["failures"] for group in groups) else 0
 
 
 def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
@@ -86,17 +88,16 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
     return results
 
 
-def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Several results as one: all commands, the last environment, of each row the last measurement."""
-    merged: dict[str, Any] = {"commands": [], "environment": {}, "rows": {}, "failures": {}}
-    for part in parts:
-        merged["commands"] += part["commands"]
-        merged["environment"] = part["environment"] or merged["environment"]
-        for name in part["rows"]:
-            merged["failures"].pop(name, None)
-        merged["rows"] |= part["rows"]
-        merged["failures"] |= {name: why for name, why in part["failures"].items() if name not in merged["rows"]}
-    return merged
+def read(path: Path) -> dict[str, Any]:
+    """Results of an earlier measurement. Raises ValueError, in one sentence, for a file that holds none."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        tables.render(tables.merge([results]))  # which looks at everything that is shown
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--from {path} holds no results of this benchmark ({error!r}): give a training.json that it has written."
+        ) from None
+    return results
 
 
 def _measure(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 --b parallel.compile=true model=moda_700m ...`.
 
 In: overrides of train.py for both runs, and what tells them apart (`--a`, `--b`, `--gpus-a`, `--gpus-b`). Out: loss and
-gradient norm of both at every step, from one seed and on the same batches, and the largest difference. Exit status 1
-when it is above `--tolerance`.
+gradient norm of both at every step that both record, from one seed and on the same batches, and the largest
+difference. Exit status 1 when it is above `--tolerance`, 2 when there is nothing to compare.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from scripts.training_benchmark.process import StepsFailed, run_steps
 from training.metrics import Record, read_metrics
 
 LINES = 10  # steps of the printed table, about
+Pair = tuple[Record, Record]  # of one step
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-b", type=int, default=1, help="ranks of the second run")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tolerance", type=float, default=0.01, help="largest difference of the loss, nats")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
         print("error: --steps, --gpus-a and --gpus-b must be positive: use for example --steps 50.", file=sys.stderr)
         return 2
@@ -47,25 +48,36 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{failed.output}\nerror: run {name} failed: {failed}", file=sys.stderr)
                 return 2
             runs.append(read_metrics(Path(folder) / name / "run" / "metrics.jsonl"))
-    a, b = runs
-    print(table(a, b))
-    loss, norm = largest(a, b, "train/loss"), largest(a, b, "train/grad_norm")
+    pairs = common(*runs)
+    if not pairs:
+        print("error: no step has a record in both runs: leave logging.every=1, or use more --steps.", file=sys.stderr)
+        return 2
+    print(table(pairs))
+    loss, norm = largest(pairs, "train/loss"), largest(pairs, "train/grad_norm")
     alike = loss[0] <= options.tolerance
     print(f"\nlargest difference: loss {loss[0]:.2e} (step {loss[1]}), gradient norm {norm[0]:.2e} (step {norm[1]})")
-    print(f"{'within' if alike else 'ABOVE'} the tolerance of {options.tolerance:g} over {len(a)} steps")
+    verdict = "within" if alike else "ABOVE"
+    print(f"{verdict} the tolerance of {options.tolerance:g} over {len(pairs)} of {options.steps} steps")
     return 0 if alike else 1
 
 
-def largest(a: list[Record], b: list[Record], key: str) -> tuple[float, int]:
+def common(a: list[Record], b: list[Record]) -> list[Pair]:
+    """The records of both runs at each step that both have recorded; those of an evaluation alone are left out."""
+    others = {record["step"]: record for record in b if "train/loss" in record}
+    return [(record, others[record["step"]]) for record in a if "train/loss" in record and record["step"] in others]
+
+
+def largest(pairs: list[Pair], key: str) -> tuple[float, int]:
     """Largest absolute difference of a value over the steps of both, and its step; what is no number is infinite."""
-    differences = [(abs(x[key] - y[key]), x["step"]) for x, y in zip(a, b, strict=True)]
+    differences = [(abs(x[key] - y[key]), x["step"]) for x, y in pairs]
     return max((math.inf if math.isnan(value) else value, step) for value, step in differences)
 
 
-def table(a: list[Record], b: list[Record]) -> str:
+def table(pairs: list[Pair]) -> str:
     """Both runs side by side at some ten steps, the last one included."""
-    stride = max(1, len(a) // LINES)
-    shown = [(x, y) for x, y in zip(a, b, strict=True) if x["step"] % stride == 0 or x is a[-1]]
+    stride = max(1, len(pairs) // LINES)
+    shown = pairs[stride - 1 :: stride]
+    shown += [pairs[-1]] if shown[-1] is not pairs[-1] else []
     lines = ["| step | loss a | loss b | difference | gradient norm a | b |", "|---|---|---|---|---|---|"]
     for x, y in shown:
         loss, norm = (x["train/loss"], y["train/loss"]), (x["train/grad_norm"], y["train/grad_norm"])

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=moda_700m training.micro_batch_size=8 ...")
     parser.add_argument("--gpus", type=int, default=1, help="ranks of the run")
     parser.add_argument("--device-gb", type=float, help="memory of a GPU in 10^9 bytes (default: of this machine's)")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
         capacity = _capacity(options.device_gb)
         config = _config(options.overrides, options.gpus)

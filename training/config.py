@@ -276,13 +276,13 @@ class WandbConfig:
 class ProfileConfig:
     """Steps that are looked into, on every rank: traces in the folder `profile` of the run directory."""
 
-    steps: list[int] = field(default_factory=list)  # numbers of the steps, from 2 on (empty: none)
+    steps: list[int] = field(default_factory=list)  # numbers of the steps, from 1 on (empty: none)
     memory: bool = False  # record what these steps allocate on a GPU, too
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
-        first = min(self.steps, default=2)
-        require(first >= 2, "logging.profile.steps", self.steps, "use steps from 2 on, such as [20]")
+        first = min(self.steps, default=1)
+        require(first >= 1, "logging.profile.steps", self.steps, "use steps from 1 on, such as [20]")
         remedy = "name the steps in logging.profile.steps, such as [20], or use false"
         require(bool(self.steps) or not self.memory, "logging.profile.memory", self.memory, remedy)
 
@@ -329,6 +329,9 @@ class Config:
         self.checkpoint.validate()
         self.evaluation.validate()
         self.logging.validate()
+        last = max(self.logging.profile.steps, default=1)
+        remedy = f"name steps of the run, of which training.steps={self.training.steps} is the last"
+        require(last <= self.training.steps, "logging.profile.steps", self.logging.profile.steps, remedy)
 
     def warnings(self) -> list[str]:
         """What can run but is probably not meant, a sentence each."""

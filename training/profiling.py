@@ -1,12 +1,14 @@
 """A look inside chosen steps: a trace of the operations and kernels of a step, the history of the device's memory.
 
-In: the number of steps done, after each. Out: in the folder `profile` of the run directory, `step-N-rank-R.json.gz`
-(for ui.perfetto.dev and scripts/profile_report.py) and `memory-N-rank-R.pickle` (for pytorch.org/memory_viz). A
-profiled step is slower; the others are left alone.
+In: a step, as the body of a `with`. Out: in the folder `profile` of the run directory, `step-N-rank-R.json.gz` (for
+ui.perfetto.dev and scripts/profile_report.py) and `memory-N-rank-R.pickle` (for pytorch.org/memory_viz). A profiled
+step is slower; the others are left alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,34 +23,25 @@ class StepProfiler:
     """Profiles the steps that `config` names, on every rank."""
 
     def __init__(self, config: ProfileConfig, run_dir: Path, rank: int, device: torch.device) -> None:
-        self.steps = frozenset(config.steps)
-        self.memory = config.memory and device.type == "cuda"
+        self.steps, self.cuda = frozenset(config.steps), device.type == "cuda"
+        self.memory = config.memory and self.cuda
         self.folder, self.rank = run_dir / "profile", rank
-        self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        self._running: profile | None = None
 
-    def __call__(self, step: int) -> None:
-        """End the profile of step number `step`, and begin that of the next if it is wanted."""
-        if self._running is not None:
-            self._end(step)
-        if step + 1 in self.steps:
+    @contextmanager
+    def of_step(self, step: int) -> Iterator[None]:
+        """Profile what happens inside, if step number `step` is wanted; an exception inside leaves no file."""
+        if step not in self.steps:
+            yield
+            return
+        if self.cuda:
+            torch.cuda.synchronize()  # kernels that are still under way belong to what came before
+        with ExitStack() as stack:
             if self.memory:
                 torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
-            self._running = profile(activities=self._activities)
-            self._running.start()
-
-    def close(self) -> None:
-        """Give up a profile whose step did not end."""
-        if self._running is not None:
-            self._running.stop()
-            self._running = None
-
-    def _end(self, step: int) -> None:
-        running, self._running = self._running, None
-        assert running is not None
-        running.stop()  # waits for the device
-        self.folder.mkdir(parents=True, exist_ok=True)
-        running.export_chrome_trace(str(self.folder / f"step-{step}-rank-{self.rank}.json.gz"))
-        if self.memory:
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
-            torch.cuda.memory._record_memory_history(enabled=None)
+                stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
+            with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda) as trace:
+                yield  # the end of the profile waits for the device
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trace.export_chrome_trace(str(self.folder / f"step-{step}-rank-{self.rank}.json.gz"))
+            if self.memory:
+                torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))

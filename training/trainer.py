@@ -110,6 +110,13 @@ def _explained(config: Config, world: World) -> Iterator[None]:
         ) from error
 
 
+def bf16_peak(device: torch.device, compute_dtype: torch.dtype) -> float | None:
+    """Matrix peak of a device in FLOP/s; None where it is not known, or not that of what a step in this dtype does."""
+    if device.type != "cuda" or compute_dtype != torch.bfloat16:
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))
+
+
 class Trainer:
     """One run on one process among `world`."""
 
@@ -122,7 +129,7 @@ class Trainer:
         self.console = Console(config.training.steps, enabled=world.is_main)
         self.garbage = GarbageCollection()
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
-        self.after_step: list[Callable[[int], None]] = [self.garbage, self.profiler]  # called with steps done
+        self.after_step: list[Callable[[int], None]] = [self.garbage]  # called with steps done
         self._build_data()
         watchdog.mark("the data")
         check_ranks(world, config, self.run_dir, self.stream.fingerprint)
@@ -144,7 +151,6 @@ class Trainer:
             self._check_data()  # all ranks wait here: a launcher ends those that still work when others have ended
         finally:
             self.garbage.stop()
-            self.profiler.close()
             self.loader.close()
             self.saver.close()
 
@@ -165,10 +171,13 @@ class Trainer:
         self.loader.prefetch(state.instances)
         save_due = False
         while state.step < self.last_step and not self._stopping(has_data=self._has_data()):
-            loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
+            with self.profiler.of_step(state.step + 1):
+                loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
             state.step += 1
             state.instances += config.training.global_batch_size
             state.tokens += config.training.global_batch_size * config.data.sequence_length
+            for notify in self.after_step:
+                notify(state.step)
             self.loader.prefetch(state.instances)
             watchdog.step_done(f"step {state.step}")
 
@@ -215,8 +224,6 @@ class Trainer:
         self.optimizer.found_inf = self.spikes.judge(total[0], grad_norm)  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for notify in self.after_step:
-            notify(self.state.step + 1)
         return total, grad_norm, lr
 
     def _has_data(self) -> bool:
@@ -251,7 +258,7 @@ class Trainer:
 
     def _training_values(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
         """The values of a record of this step; waits for the device."""
-        config, world = self.config, self.world
+        training = self.config.training
         cross_entropy, z_loss = loss.tolist()
         values = {
             "train/loss": cross_entropy,
@@ -261,15 +268,21 @@ class Trainer:
             "train/skipped_steps": self.spikes.in_all,
         }
         seconds = self.clock.lap(self.state.step)
-        rate = config.training.global_batch_size * config.data.sequence_length / seconds
+        rate = training.global_batch_size * self.config.data.sequence_length / seconds
         values["throughput/tokens_per_second"] = rate
-        if self.peak is not None:
-            values["throughput/mfu"] = rate * self.flops_per_token / (self.peak * world.size)
+        values |= {f"throughput/{name}": share for name, share in self.utilization(rate).items()}
         values["memory/peak_gb"] = self._peak_memory() / 1e9
         (step, waited), self.waited = self.waited, (self.state.step, self.loader.waited)
         values["time/data_wait_share"] = (self.loader.waited - waited) / (seconds * (self.state.step - step))
         values["time/elapsed_seconds"] = self.clock.elapsed
         return values
+
+    def utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """Shares of all ranks' peak, attention counted full (`mfu`) and causal; empty where no peak is known."""
+        if self.peak is None:
+            return {}
+        full, causal = (tokens_per_second * flops / (self.peak * self.world.size) for flops in self.flops_per_token)
+        return {"mfu": full, "mfu_causal": causal}
 
     def _check_skips(self) -> int:
         """Steps skipped in a row up to this one; raises TrainingError, on all ranks, when they are too many."""
@@ -407,12 +420,10 @@ class Trainer:
             self.console.say,
             self.watchdog,
         )
-        self.peak = None
+        self.peak = bf16_peak(world.device, compute_dtype)
         self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
-            if compute_dtype == torch.bfloat16:
-                self.peak = peak_flops(torch.cuda.get_device_name())
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Weights, optimizer and state of the checkpoint, or of step 0."""
@@ -431,6 +442,11 @@ class Trainer:
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
+        steps = range(self.state.step + 1, self.last_step + 1)
+        if steps and (left := [step for step in config.logging.profile.steps if step not in steps]):
+            self.console.say(
+                f"not profiled: {left} of logging.profile.steps; this start makes {steps[0]} to {steps[-1]}"
+            )
         self.saver.saved_step = self.state.step
         self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
         self.state.sources = [asdict(source) for source in self.stream.sources]

@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from data.shards import DataError
-from models.accounting import peak_flops, training_flops_per_token
 from models.config import ConfigError
 from training.compose import plan
 from training.config import Config
@@ -72,7 +71,8 @@ class StepTimer:
 def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] | None:
     """Run `steps` steps as train.py would with `arguments`, of which all after the warm-up count; None on other ranks.
 
-    `started`: Unix time at which the command was given. With a single step only the time to its end is known.
+    `started`: Unix time at which the command was given. With a single step only the time to its end is known. Raises
+    ConfigError where the run ends before.
     """
     config = checked(plan(arguments).jobs[0]).config
     with distributed_world(config.training.device) as world, stop_on_signals() as stop:
@@ -84,6 +84,11 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         trainer.loader.ready = _timed(trainer.loader.ready, waits)  # type: ignore
         with suppress(StepTimer.Enough):
             trainer.fit()
+            done, made = trainer.state.step, len(timer.marks)
+            raise ConfigError(
+                f"the run ended after {made} of {steps} steps, at step {done}: leave away what ends it there, such as "
+                "training.stop_at or training.steps."
+            )
         if not world.is_main:
             return None
         result: dict[str, Any] = {
@@ -96,13 +101,10 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         warmup = min(WARMUP, steps // 3)
         if steps > 1:
             result |= _of_steps(config, timer.seconds()[warmup:], waits[warmup + 1 :], world.size)
+            result |= trainer.utilization(result["tokens_per_second"])
         if world.device.type == "cuda":
             result["peak_bytes"] = torch.cuda.max_memory_allocated()
             result["reserved_bytes"] = torch.cuda.max_memory_reserved()
-            peak = peak_flops(torch.cuda.get_device_name())
-            if peak and steps > 1:
-                flops = training_flops_per_token(config.model, config.data.sequence_length)
-                result["mfu"] = result["tokens_per_second"] * flops / (peak * world.size)
         result["estimated_bytes"] = estimate(
             config,
             world.size,

@@ -1,7 +1,5 @@
 """Batches on a GPU: pinned memory, document masks and packing in a step that never waits for the device."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -32,8 +30,7 @@ def configured(shards, run_dir, **data):
 def test_a_step_with_document_masks_takes_pinned_batches_and_never_waits(packing, shards, tmp_path):
     config = configured(shards, tmp_path / "run", document_mask=True, packing=packing)
     with distributed_world("cuda") as world, stop_on_signals() as stop:
-        watchdog = Watchdog(world, Path(config.run.dir), factor=0, seconds=1)  # which never ends a run
-        trainer = Trainer(config, world, stop, watchdog, None)
+        trainer = Trainer(config, world, stop, Watchdog(world, tmp_path / "run", factor=0, seconds=1), None)
         batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
         for part in batches[0]:
             assert part.inputs.is_pinned()

@@ -1,7 +1,6 @@
 """What makes steps fast, on a GPU: compiled regions and the loss kernel give the plain results, nothing stalls."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -72,8 +71,7 @@ def test_compiled_and_checkpointed_runs_follow_the_plain_one(depth, shards, tmp_
 def test_a_step_never_waits_for_the_device(depth, shards, tmp_path):
     config = configured(shards, tmp_path / "run", depth)
     with distributed_world("cuda") as world, stop_on_signals() as stop:
-        watchdog = Watchdog(world, Path(config.run.dir), factor=0, seconds=1)  # which never ends a run
-        trainer = Trainer(config, world, stop, watchdog, None)
+        trainer = Trainer(config, world, stop, Watchdog(world, tmp_path / "run", factor=0, seconds=1), None)
         batches = [trainer.loader.batch(position) for position in (0, 4, 8, 12)]
         for batch in batches[:2]:  # compiles, makes the optimizer's state
             trainer._step(batch)

@@ -113,6 +113,16 @@ def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing, compi
     assert estimate.readers == (5 * 2 * 32 * config.num_heads * (4 * config.head_dim + 8) if fields else 0)
 
 
+def test_estimates_of_all_kinds_of_checkpointing_share_their_compiled_regions():
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    for checkpointing in ("none", "selective", "full", "none"):
+        memory(small(**FFN), 2, 48, activation_checkpointing=checkpointing, compiled=True)
+    assert counters["stats"]["unique_graphs"] == 3  # before attention, after it, and after it in the last layer
+
+
 def test_the_peak_is_the_moment_at_which_most_is_held():
     config = small(**FFN)
     held = memory(config, 2, 32)
@@ -147,8 +157,16 @@ def test_peak_is_known_for_named_devices_and_none_for_others():
     assert peak_flops("NVIDIA GeForce RTX 2080") is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "GRID A100-10C", "NVIDIA H100-1-10CME"],
+)
+def test_a_slice_of_a_device_has_no_peak(name):
+    assert peak_flops(name) is None
+
+
 def test_the_table_shows_the_counts():
     config = ModelConfig(**FFN)
     text = describe(config, 4096, memory(small(**FFN), 1, 16))
-    for words in ("705.8 M", "36.72 M", "1,260 slots", "8.275 TFLOP full"):
+    for words in ("705.8 M", "36.72 M", "1,260 slots", "8.275 TFLOP full", "6.061 GFLOP a token full, 5.155 G causal"):
         assert words in text, text

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from scripts import benchmark_training
-from scripts.benchmark_training import main, merge
+from scripts.benchmark_training import main
+from scripts.estimate_memory import _config, largest_that_fits
 from scripts.training_benchmark import rows, tables
 from scripts.training_benchmark.process import reason
 
@@ -53,19 +54,24 @@ def test_every_row_has_a_name_of_its_own_and_a_batch_that_its_gpus_can_share():
         assert batch == row.gpus * row.micro_batch_size
 
 
-def results(**rates):
-    row = {"ranks": 1, "micro_batch_size": 8, "sequence_length": 4096, "mfu": 0.5, "peak_bytes": 50e9}
+def results(day=1, device="GPU", torch="2", **rates):
+    row = {"ranks": 1, "micro_batch_size": 8, "sequence_length": 4096, "mfu": 0.5, "mfu_causal": 0.4}
+    row |= {"steps": 22, "peak_bytes": 50e9}
     row |= {"estimated_bytes": 49e9, "data_wait_share": 0.001, "start_to_first_step_seconds": 12.0}
     measured = {
         name: row | {"tokens_per_second": rate, "tokens_per_second_per_gpu": rate} for name, rate in rates.items()
     }
-    environment = {"device": "GPU", "packages": {"torch": "2"}, "python": "3", "time": "2026-01-01T00:00:00Z"}
-    return {"commands": ["x"], "environment": environment, "rows": measured, "failures": {}}
+    environment = {"device": device, "packages": {"torch": torch}, "python": "3", "time": f"2026-01-{day:02}T00:00:00Z"}
+    environment |= {"commit": {"hash": f"{day:02}" + 38 * "a", "modified": day > 20}}
+    return {"commands": [f"day {day}"], "environment": environment, "rows": measured, "failures": {}}
 
 
 def test_a_moda_row_is_divided_by_the_baseline_of_the_same_shape():
-    table = tables.render(results(olmo2_700m=100e3, moda_700m=80e3))
-    assert "| 80.0 k | 80.0 k | 50.0 % | 0.800 (memory 1.00) | 50.0 GB (49.0 GB) | 0.10 % |" in table
+    table = tables.render(tables.merge([results(olmo2_700m=100e3, moda_700m=80e3)]))
+    assert "| row | GPUs × micro-batch × T | tokens/s | per GPU | MFU, full-square / causal | ÷ OLMo2 |" in table
+    assert "| 80.0 k | 80.0 k | 50.0 % / 40.0 % | 0.800 (memory 1.00) | 50.0 GB (49.0 GB) | 0.10 % | – s" in table
+    assert table.endswith("/ 12 s | 22 | 01aaaaaa |")
+    assert "GPU, torch 2, Python 3. 2026-01-01." in table
 
 
 def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, monkeypatch):
@@ -84,10 +90,68 @@ def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, m
 
 def test_a_later_result_replaces_an_earlier_one_and_its_failure():
     first = results(olmo2_700m=1.0) | {"failures": {"moda_700m": "out of memory"}}
-    merged = merge([first, results(moda_700m=2.0, olmo2_700m=3.0)])
-    assert merged["rows"]["olmo2_700m"]["tokens_per_second"] == 3.0
-    assert not merged["failures"]
-    assert merge([results(moda_700m=2.0), first])["failures"] == {}
+    for parts in ([first, results(25, moda_700m=2.0, olmo2_700m=3.0)], [results(moda_700m=2.0), first]):
+        (merged,) = tables.merge(parts)
+        assert merged["rows"]["olmo2_700m"]["tokens_per_second"] == parts[1]["rows"]["olmo2_700m"]["tokens_per_second"]
+        assert merged["rows"].keys() == {"moda_700m", "olmo2_700m"}
+        assert not merged["failures"]
+
+
+def test_rows_of_one_machine_from_two_commits_keep_their_own():
+    table = tables.render(tables.merge([results(1, olmo2_700m=1e3), results(25, moda_700m=2e3)]))
+    assert "    day 1\n    day 25\n" in table
+    assert "2026-01-25." in table
+    (olmo, moda) = (line for line in table.splitlines() if line.startswith("| `"))
+    assert olmo.endswith("| 01aaaaaa |")
+    assert moda.endswith("| 25aaaaaa+ |")
+
+
+def test_another_machine_or_version_has_a_table_of_its_own_and_the_newest_is_first():
+    parts = [results(9, "H200", olmo2_700m=2e3), results(3, "H100", olmo2_700m=1e3)]
+    parts.append(results(5, "H200", torch="3", moda_700m=3e3))
+    table = tables.render(tables.merge(parts))
+    lines = [line for line in table.splitlines() if line.startswith(("H", "| `", "    day"))]
+    assert [line.split(" |")[0] for line in lines] == [
+        "    day 9",
+        "H200, torch 2, Python 3. 2026-01-09.",
+        "| `olmo2_700m`",
+        "    day 5",
+        "H200, torch 3, Python 3. 2026-01-05.",
+        "| `moda_700m`",
+        "    day 3",
+        "H100, torch 2, Python 3. 2026-01-03.",
+        "| `olmo2_700m`",
+    ]
+    assert "3.0 k |" in lines[5]
+    assert lines[5].split(" | ")[5] == ""  # no ratio to a row of another version
+
+
+def test_a_failure_on_a_machine_without_results_stays_until_some_machine_has_one():
+    failed = {"commands": ["x"], "environment": {}, "rows": {}, "failures": {"moda_700m": "out of memory"}}
+    (alone,) = tables.merge([failed])
+    assert "No row has a result.\n\n- `moda_700m`: out of memory" in tables.render([alone])
+    assert [len(group["failures"]) for group in tables.merge([failed, results(olmo2_700m=1.0)])] == [0, 1]
+    assert [len(group["failures"]) for group in tables.merge([failed, results(moda_700m=1.0)])] == [0]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "{", '{"commands": [], "environment": {}, "rows": {"x": {}}, "failures": {}}']
+)
+def test_a_file_without_results_is_named(content, tmp_path, capsys):
+    (tmp_path / "training.json").write_text(content)
+    assert main(["--from", str(tmp_path / "training.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --from {tmp_path}/training.json holds no results of this benchmark (")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_largest_micro_batches_lie_around_what_the_estimate_finds_for_141_gb():
+    for model, kind, overrides, sizes in rows.LARGEST:
+        batch = ["training.micro_batch_size=8", "training.global_batch_size=8", "data.sequence_length=4096"]
+        config = _config([f"model={model}", *batch, *overrides], 1)
+        found = largest_that_fits(config, 1, config.parallel.activation_checkpointing, 141e9)
+        assert min(sizes) <= found <= max(sizes), f"{model}{kind}"
 
 
 def test_the_reason_of_a_failure_is_the_line_that_says_it():

@@ -1,10 +1,12 @@
 """The parity tool on real runs: what changes nothing is within rounding, what changes the run is found."""
 
+import json
 import math
 
 import pytest
 
-from scripts.compare_runs import largest, main
+from scripts import compare_runs
+from scripts.compare_runs import common, largest, main, table
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 BOTH = ["model=moda_tiny", *(f"model.{field}" for field in TINY), "data.sequence_length=16"]
@@ -16,7 +18,7 @@ def test_checkpointing_and_two_ranks_change_nothing_and_the_command_says_so(shar
     difference = ["--b", "parallel.activation_checkpointing=selective", "--gpus-b", "2"]
     assert main(["--data", str(shards), "--steps", "4", "--tolerance", "1e-5", *difference, *BOTH]) == 0
     shown = capsys.readouterr().out
-    assert "within the tolerance of 1e-05 over 4 steps" in shown
+    assert "within the tolerance of 1e-05 over 4 of 4 steps" in shown
     assert "| 4 | " in shown
 
 
@@ -27,15 +29,64 @@ def test_another_learning_rate_is_found(shards, capsys):
     assert "ABOVE the tolerance" in capsys.readouterr().out
 
 
+def records(*losses, every=1):
+    values = [{"step": step, "train/loss": loss, "train/grad_norm": 1.0} for step, loss in enumerate(losses, start=1)]
+    return [record for record in values if record["step"] % every == 0]
+
+
 def test_a_value_that_is_no_number_is_the_largest_difference():
-    a = [{"step": step, "train/loss": loss} for step, loss in ((1, 3.0), (2, 2.0))]
-    b = [{"step": step, "train/loss": loss} for step, loss in ((1, 3.5), (2, math.nan))]
-    assert largest(a, b, "train/loss") == (math.inf, 2)
-    assert largest(a, a, "train/loss")[0] == 0
+    a, b = records(3.0, 2.0), records(3.5, math.nan)
+    assert largest(common(a, b), "train/loss") == (math.inf, 2)
+    assert largest(common(a, a), "train/loss")[0] == 0
 
 
-def test_a_run_that_fails_is_named(shards, capsys):
+def test_steps_that_both_have_recorded_are_compared_and_evaluations_left_out():
+    a, b = (
+        [{"step": 0, "validation/mean/loss": 4.0}, *records(3.0, 2.0, 1.0, 0.5)],
+        records(9.0, 2.5, 9.0, 0.5, every=2),
+    )
+    assert [(x["step"], y["step"]) for x, y in common(a, b)] == [(2, 2), (4, 4)]
+    assert largest(common(a, b), "train/loss") == (0.5, 2)
+
+
+def test_the_table_shows_some_ten_steps_and_the_last():
+    pairs = common(records(*[1.0] * 47), records(*[1.0] * 47))
+    assert [line.split()[1] for line in table(pairs).splitlines()[2:]] == [str(s) for s in (*range(4, 47, 4), 47)]
+
+
+def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow_options(
+    shards, tmp_path, monkeypatch, capsys
+):
+    given = []
+
+    def run_steps(overrides, *, gpus, steps, folder):
+        given.append(overrides)
+        (folder / "run").mkdir(parents=True)
+        lines = [json.dumps(record) + "\n" for record in records(3.0, every=1 if folder.name == "a" else 2)]
+        (folder / "run" / "metrics.jsonl").write_text("".join(lines))
+
+    monkeypatch.setattr(compare_runs, "run_steps", run_steps)
+    arguments = ["model=moda_tiny", "--data", str(shards), "--steps", "1", "--b", "logging.every=2"]
+    assert main([*arguments, "training.device=cpu"]) == 2
+    assert capsys.readouterr().err == (
+        "error: no step has a record in both runs: leave logging.every=1, or use more --steps.\n"
+    )
+    assert [overrides[2:] for overrides in given] == [
+        ["model=moda_tiny", "training.device=cpu"],
+        ["model=moda_tiny", "training.device=cpu", "logging.every=2"],
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_is_named(shards, capsys):
+    assert main(["--data", str(shards), "--steps", "4", "--a", "training.stop_at=2", *BOTH]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "run a failed: error: the run ended after 2 of 5 steps, at step 2: leave away what ends it" in error
+
+
+def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
     assert main(["--data", str(shards), "--steps", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
-    assert main(["--data", str(shards / "nowhere"), "--steps", "1", *BOTH]) == 2
+    assert main(["--data", str(tmp_path / "nowhere"), "--steps", "1", *BOTH]) == 2
     assert "run a failed: error: data.path=" in capsys.readouterr().err

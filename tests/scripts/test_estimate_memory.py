@@ -20,12 +20,12 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(batch):
 
 
 def test_a_configuration_that_fits_and_one_that_does_not(capsys):
-    small = ["model=olmo2_tiny", "model.vocab_size=4096", PLAIN]
-    assert main([*small, "--device-gb", "80"]) == 0
+    small = ["model=olmo2_tiny", "model.vocab_size=4096"]
+    assert main([*small, "--device-gb", "80", PLAIN]) == 0  # overrides may follow options
     shown = capsys.readouterr().out
     assert "This fits 80 GB" in shown
     assert "| selective |" in shown
-    assert main([*small, "--device-gb", "0.01"]) == 1
+    assert main([*small, PLAIN, "--device-gb", "0.01"]) == 1
     assert "This does not fit" in capsys.readouterr().out
 
 
