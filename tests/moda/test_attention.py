@@ -1,12 +1,17 @@
 """`moda.attention` against the definition in float64: outputs, log-sum-exp and all five gradients, to 1e-12."""
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import moda
-from moda import reference
+from moda import backends, reference
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def random_case(batch, time, kv_heads, group, head_dim, slots, dtype=torch.float64, spread=1.0, seed=0):
@@ -194,3 +199,36 @@ def test_explain_names_the_backend_and_why_not_another():
     assert moda.explain(q, k, v, backend="reference").startswith("reference")
     with pytest.raises(ValueError, match="backend='joined' cannot take this call"):
         moda.explain(q, k, v, backend="joined")
+
+
+def test_a_gpu_without_a_fast_backend_is_told_so_once(monkeypatch, recwarn):
+    q, k = random_case(1, 4, 2, 2, 16, 0)[:2]
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))  # of which no backend can make use
+    backends._warn_of_reference.cache_clear()
+    chosen = [backends.choose_backend("auto", q, k, None) for _ in range(3)]
+    assert chosen == [moda.reference] * 3
+    (said,) = (str(warning.message) for warning in recwarn if "slow reference" in str(warning.message))
+    assert "not joined: " in said
+    assert "not fused: " in said
+
+
+def test_nothing_but_torch_is_needed():
+    """Triton and every vendor's package out of reach: the package is imported, attends and streams."""
+    program = """
+import sys
+for name in ("triton", "flash_attn", "transformers", "datasets", "wandb"):
+    sys.modules[name] = None
+import torch, moda
+q = torch.randn(1, 5, 2, 8, requires_grad=True)
+moda.attention(q, q, q, q[None], q[None]).sum().backward()
+stream = moda.DepthStream(2, 1, 5, 2, 8, slots_per_layer=1, dtype=q.dtype, device="cpu")
+handle, x = stream.start(), q
+for layer in range(2):
+    k, v, handle = stream.write(handle, layer, 0, x, x)
+    x, handle = stream.attend(handle, layer, x, k, v)
+stream.finish(handle, x).sum().backward()
+print(moda.explain(q, q, q))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reference")
