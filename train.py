@@ -1,9 +1,9 @@
 """Train a model: `python train.py model=moda_tiny data.path=SHARDS`; more with `--help` and in docs/configuration.md.
 
 In: `configs/` and the command line. Out: a run directory for each job. Exit status: 0; 2 for a mistake of the user, in
-one sentence before any file is made, and for a network between ranks that fails; 1 for a run that failed (in a sweep the
-others still run); 75 when a rank died, stood still or never came (start it again); 128 + signal after a signal, with a
-checkpoint.
+one sentence before any file is made, and for a network between ranks that fails; 1 for a run that failed (in a sweep
+the others still run); 75 when a rank died, stood still or never came (start it again); 128 + signal after a signal,
+with a checkpoint.
 """
 
 import os
