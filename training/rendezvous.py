@@ -68,7 +68,9 @@ class Presence:
         """
         self._stopping, self._aborts = stopping, False
         began = time.monotonic()
-        self._unheard, self._job = {}, job
+        # Rank 0 looks at all, the others at rank 0.
+        self._unheard = dict.fromkeys(range(1, self._size) if self._rank == 0 else (0,), (-1, began))
+        self._job = job
         while self._complete < job:
             if self._refusal is not None:
                 status, sentence = self._refusal
@@ -78,7 +80,7 @@ class Presence:
             if signal := stopping():
                 raise SystemExit(128 + signal)
             if self._ended or time.monotonic() - began > ARRIVAL:
-                self._raise_lost(began)
+                self._raise_lost()
             time.sleep(0.05)
         assert self._tcp is not None
         store = self._tcp.clone()  # type: ignore[attr-defined]
@@ -134,7 +136,8 @@ class Presence:
                 self._exchange()
             except (OSError, RuntimeError) as error:
                 self._trouble = " ".join(str(error).split())[:200]
-                if self._store is not None:  # rank 0 is gone: from here on, that is for the watchdog
+                # Rank 0 is gone, which is for the watchdog where it runs, or something else has this rank's port.
+                if self._store is not None or self._hosts:
                     self._ended = True
                     return
             if self._aborts and self._refusal is not None:
@@ -176,7 +179,7 @@ class Presence:
             self._announced = job
         if self._complete >= job:
             return
-        if self._rank != 0:  # rank 0 looks at all, the others at rank 0
+        if self._rank != 0:
             if store.check([f"job-{job}-complete"]):
                 self._complete = job
             self._listen(store, 0)
@@ -192,10 +195,10 @@ class Presence:
 
     def _listen(self, store: dist.Store, rank: int) -> None:
         word = store.add(f"word-{rank}", 0)
-        if rank not in self._unheard or self._unheard[rank][0] != word:
+        if self._unheard[rank][0] != word:
             self._unheard[rank] = word, time.monotonic()
 
-    def _raise_lost(self, began: float) -> None:
+    def _raise_lost(self) -> None:
         where = f"{self._address}:{self._port}"
         if self._store is None and self._hosts:
             raise ConfigError(f"MASTER_PORT={self._port} cannot be used ({self._trouble}): use another port.")
@@ -209,7 +212,7 @@ class Presence:
                 f"rank 0 ended before all ranks had come, or {where} is out of reach: look into its log."
             )
         now = time.monotonic()
-        silent = [rank for rank, (_, since) in self._unheard.copy().items() if now - max(since, began) > ARRIVAL]
+        silent = [rank for rank, (_, since) in self._unheard.copy().items() if now - since > ARRIVAL]
         if silent:
             sentence = (
                 f"of {self._size} ranks, {', '.join(map(str, silent[:8]))} did not come and were not heard for "

@@ -67,6 +67,14 @@ def test_a_rank_without_rank_0_says_where_it_looked(ranks, monkeypatch, port):
         ranks(1, 2).meet(0, never)
 
 
+def test_a_port_that_is_taken_is_named(ranks, port):
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        with pytest.raises(ConfigError, match=f"MASTER_PORT={port} cannot be used .* use another port"):
+            ranks(0, 2).meet(0, never)
+
+
 def test_a_signal_ends_the_wait(ranks):
     with pytest.raises(SystemExit) as ended:
         ranks(0, 2).meet(0, lambda: signal.SIGTERM)
