@@ -1,8 +1,9 @@
 """Train a model: `python train.py model=moda_tiny data.path=SHARDS`; more with `--help` and in docs/configuration.md.
 
 In: `configs/` and the command line. Out: a run directory for each job. Exit status: 0; 2 for a mistake of the user, in
-one sentence before any file is made; 1 for a run that failed (in a sweep the others still run); 75 when a rank died,
-stood still or never came (start it again); 128 + signal after a signal, with a checkpoint.
+one sentence before any file is made, and for a network between ranks that fails; 1 for a run that failed (in a sweep
+the others still run); 75 when a rank died, stood still or never came (start it again); 128 + signal after a signal,
+with a checkpoint.
 """
 
 import os
@@ -28,9 +29,14 @@ SPEAKS = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 def main(arguments: list[str]) -> int:
     """Run one command and return the exit status."""
+    jobs: list[Job] | None = None
     try:
         planned = plan(arguments)
         print(planned.text, end="")
+        if planned.jobs and among_others():
+            from training.rendezvous import presence
+
+            presence()  # the others wait for as long as they hear of it
         jobs = [checked(job, say) for job in planned.jobs]  # all of them, before the first starts
         for warning in dict.fromkeys(text for job in jobs for text in job.config.warnings()):
             say(f"warning: {warning}")
@@ -41,7 +47,10 @@ def main(arguments: list[str]) -> int:
         return 0
     except (ConfigError, DataError, TrainingError) as error:
         say(f"error: {error}")
-        time.sleep(0 if SPEAKS else 2)  # torchrun stops all ranks when one ends: let the one that speaks be heard
+        if jobs is None and among_others():
+            tell_others(str(error))
+        else:
+            time.sleep(0 if SPEAKS else 2)  # torchrun stops all ranks when one ends: let the one that speaks be heard
         if isinstance(error, LostRankError):
             return 75
         return 1 if isinstance(error, TrainingError) else 2
@@ -81,6 +90,19 @@ def say(text: str) -> None:
     """A line for the user, once a host."""
     if SPEAKS:
         print(text, file=sys.stderr, flush=True)
+
+
+def among_others() -> bool:
+    """Whether this is one of several ranks, which will meet."""
+    return "MASTER_ADDR" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+def tell_others(sentence: str) -> None:
+    """Let the other ranks end with the `sentence` for which this one cannot start, instead of waiting for it."""
+    from training.rendezvous import presence
+
+    if not presence().refuse(sentence) and not SPEAKS:
+        print(f"error: {sentence}", file=sys.stderr, flush=True)  # for want of a rank that would
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
-from functools import cache
+from signal import Signals
 from typing import Any
 
 import torch
@@ -22,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data.shards import DataError
 from models.config import ConfigError
-from training.config import LostRankError, TrainingError
+from training.config import TrainingError
+from training.rendezvous import presence
 
-ARRIVAL = timedelta(minutes=10)  # for all ranks to start
 _jobs = itertools.count()
 
 
@@ -111,10 +109,11 @@ class World:
 
 
 @contextmanager
-def distributed_world(device: str) -> Iterator[World]:
+def distributed_world(device: str, stopping: Callable[[], Signals | None] = lambda: None) -> Iterator[World]:
     """The process group of one job; `device` is "auto" (cuda when there is one), "cpu" or "cuda".
 
-    Raises LostRankError when not all ranks come.
+    `stopping` returns the signal that asks to end the wait for other ranks, or None. Raises what `Presence.meet` does
+    when not all ranks come, and ConfigError when they do not reach each other.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -122,43 +121,18 @@ def distributed_world(device: str) -> Iterator[World]:
     if kind == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(own)
-    # Jobs of one process share the store of the launcher, and so do the attempts of torchrun --max-restarts: a prefix
-    # keeps their addresses apart.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"attempt-{attempt}-job-{next(_jobs)}", _store(rank))
-    _meet(store, rank, size)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        device_id=own if kind == "cuda" else None,
-    )
+    job = next(_jobs)  # jobs of one process share the store of the launcher
+    store = dist.HashStore() if size == 1 else presence().meet(job, stopping)
+    with nullcontext() if size == 1 else presence().connecting():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=own if kind == "cuda" else None,
+        )
+        mesh = init_device_mesh(kind, (size,))
     try:
-        yield World(rank, size, own, init_device_mesh(kind, (size,)), store if size > 1 else None)
+        yield World(rank, size, own, mesh, store if size > 1 else None)
     finally:
         dist.destroy_process_group()
-
-
-@cache
-def _store(rank: int) -> dist.Store:
-    if "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()
-    # As torch's rendezvous does; but rank 0 does not wait in it, so that `_meet` can say who is missing.
-    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(address, port, is_master=hosts_it, timeout=ARRIVAL, wait_for_workers=False)
-
-
-def _meet(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until all ranks have come. Raises LostRankError, naming those that have not within `ARRIVAL`."""
-    names = [f"rank-{other}" for other in range(size)]
-    store.set(names[rank], platform.node())
-    try:
-        store.wait(names, ARRIVAL)
-    except dist.DistStoreError as error:
-        missing = [other for other, name in enumerate(names) if not store.check([name])]
-        raise LostRankError(
-            f"of {size} ranks, {', '.join(map(str, missing[:8]))} did not come within {ARRIVAL.total_seconds():.0f} s: "
-            "look into the log of their hosts."
-        ) from error

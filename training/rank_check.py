@@ -6,8 +6,6 @@ every rank, which names a rank and its host. On one rank only the disk is looked
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shutil
 import time
@@ -21,11 +19,15 @@ import torch
 import torch.distributed as dist
 
 from models.accounting import count_parameters
-from models.config import ConfigError
+from models.config import ConfigError, shown
 from training.config import Config, resolved
 from training.distributed import World
+from training.rendezvous import NETWORK, bounded, unreachable
+from training.resume import flatten, table
 
 TIMEOUT = timedelta(seconds=60)  # for all ranks to come, and for the first sum over devices
+# Keys that hosts may have values of their own for: what lies there is compared instead.
+OF_HOSTS = ("data.path", "data.mixture", "data.cache", "data.prepare", "run.dir")
 CLOCK_SECONDS = 30.0  # that clocks may differ by: records and checkpoints of a run carry times of several hosts
 SEEN_SECONDS = 10.0  # that a shared file system may take to show a new folder to other hosts
 BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weights and two moments
@@ -39,7 +41,7 @@ class Seen:
     clock: float  # Unix time, right after all ranks have come
     torch: str
     data: str  # fingerprint
-    config: str  # digest of the resolved configuration
+    config: dict[str, Any]  # resolved, with dotted keys
     sees_run_dir: bool
     sum_over_devices: float  # of one from each rank
 
@@ -62,25 +64,22 @@ def check_ranks(world: World, config: Config, run_dir: Path, data: str) -> None:
         dist.monitored_barrier(groups[0], TIMEOUT, wait_all_ranks=True)
         clock = time.time()
         if world.device.type == "cuda":
-            groups.append(dist.new_group(backend="nccl", timeout=TIMEOUT))
-        ones = torch.ones(1, device=world.device)
-        dist.all_reduce(ones, group=groups[-1])
+            groups.append(dist.new_group(backend="nccl", timeout=2 * TIMEOUT))  # its end is an abort: ours comes first
+        with bounded(TIMEOUT.total_seconds(), f"the first sum over {world.size} ranks has not ended: {NETWORK}"):
+            sum_over_devices = _sum_of_ones(world, groups[-1])
         own = Seen(
             host=platform.node(),
             clock=clock,
             torch=torch.__version__,
             data=data,
-            config=hashlib.sha256(json.dumps(resolved(config), sort_keys=True).encode()).hexdigest()[:12],
+            config=flatten(resolved(config)),
             sees_run_dir=_appears(run_dir),
-            sum_over_devices=ones.item(),
+            sum_over_devices=sum_over_devices,
         )
         seen: list[Any] = [None] * world.size
         dist.all_gather_object(seen, own, group=groups[0])
     except RuntimeError as error:
-        raise ConfigError(
-            f"the {world.size} ranks cannot reach each other ({str(error).splitlines()[0]}): check that all were "
-            "started with one --rdzv-endpoint, and the network between the hosts (NCCL_SOCKET_IFNAME, firewall)."
-        ) from error
+        raise ConfigError(unreachable(world.size, error)) from error
     finally:
         for group in groups:
             dist.destroy_process_group(group)
@@ -99,7 +98,8 @@ def compare(seen: list[Seen], run_dir: str) -> None:
                 )
 
     require_same(lambda s: s.torch, "torch", "install one version on all hosts")
-    require_same(lambda s: s.config, "the configuration", "start every host with the same command and the same files")
+    for rank, other in enumerate(seen):
+        _require_same_config(seen[0], rank, other)
     require_same(lambda s: s.data, "the data", "give all hosts one copy of data.path, or equal copies")
     for rank, other in enumerate(seen):
         if not other.sees_run_dir:
@@ -117,6 +117,27 @@ def compare(seen: list[Seen], run_dir: str) -> None:
                 f"a sum over the devices of {len(seen)} ranks gave {other.sum_over_devices:g} on rank {rank} "
                 f"({other.host}): check that host's GPU and network."
             )
+
+
+def _require_same_config(first: Seen, rank: int, other: Seen) -> None:
+    keys = [
+        key
+        for key in sorted(first.config.keys() | other.config.keys())
+        if key not in OF_HOSTS and first.config.get(key) != other.config.get(key)
+    ]
+    if keys:
+        rows = [(key, shown(first.config.get(key)), shown(other.config.get(key))) for key in keys]
+        raise ConfigError(
+            f"rank {rank} on {other.host} has another configuration than rank 0 on {first.host}: start every host with "
+            f"the same command and the same files.{table([('key', 'rank 0', f'rank {rank}'), *rows])}"
+        )
+
+
+def _sum_of_ones(world: World, group: dist.ProcessGroup) -> float:
+    """Of one from each rank, over devices."""
+    ones = torch.ones(1, device=world.device)
+    dist.all_reduce(ones, group=group)
+    return ones.item()
 
 
 def _appears(folder: Path) -> bool:

@@ -151,7 +151,8 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
     """
     old, new = flatten(saved), flatten(resolved(config))
     allowed = config.checkpoint.allow_changes
-    rows, refused, askable = [("key", "saved", "now", "")], [], []
+    rows: list[tuple[str, ...]] = [("key", "saved", "now", "")]
+    refused, askable = [], []
     for key in sorted(old.keys() | new.keys()):
         if key.startswith(MAY_CHANGE) or old.get(key) == new.get(key):
             continue
@@ -169,11 +170,14 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
     remedy = "keep the old values, or start a new run with another run.name"
     if not refused:
         remedy = f"keep the old values, or add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}]"
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    table = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    ]
-    raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.\n  " + "\n  ".join(table))
+    raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.{table(rows)}")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Lines for `rows` of as many cells each, in columns, to follow a sentence."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -68,7 +68,7 @@ def train(config: Config) -> None:
     training = config.training
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
-        world = stack.enter_context(distributed_world(training.device))
+        world = stack.enter_context(distributed_world(training.device, lambda: stop.signal))
         run_dir = Path(config.run.dir).absolute()
         watchdog = Watchdog(world, run_dir, training.hang_factor, training.hang_seconds)
         with watchdog, _explained(config, world):

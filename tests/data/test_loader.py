@@ -100,10 +100,10 @@ def test_prefetching_changes_nothing_also_when_another_batch_is_asked_for(datase
 
 def test_a_prefetched_batch_is_read_in_the_background_and_once(dataset: TokenDataset) -> None:
     class Watched(TokenDataset):
-        threads: list[int]
+        threads: list[threading.Thread]
 
         def __getitem__(self, index: int) -> np.ndarray:
-            self.threads.append(threading.get_ident())
+            self.threads.append(threading.current_thread())
             return super().__getitem__(index)
 
     watched = Watched(dataset.folder, LENGTH)
@@ -112,9 +112,9 @@ def test_a_prefetched_batch_is_read_in_the_background_and_once(dataset: TokenDat
     loader.prefetch(0)
     loader.batch(0)
     assert len(watched.threads) == 12
-    assert threading.get_ident() not in watched.threads
+    assert threading.current_thread() not in watched.threads
     loader.close()
-    assert not [thread for thread in threading.enumerate() if thread.ident in watched.threads[:12]]
+    assert not any(thread.is_alive() for thread in watched.threads)
 
 
 def test_a_lost_file_is_an_error_with_its_name_and_the_loader_says_so_before_the_step(dataset: TokenDataset) -> None:
@@ -144,15 +144,17 @@ def test_a_read_that_hangs_is_an_error_in_time_and_does_not_hold_the_process(dat
 
     class Hanging(TokenDataset):
         def __getitem__(self, index: int) -> np.ndarray:
-            release.wait(20)
+            release.wait()
             return super().__getitem__(index)
 
     loader = BatchLoader(stream(Hanging(dataset.folder, LENGTH)), 12, 4, 0, 1, timeout=0.05)
-    with pytest.raises(DataError, match=r"gave no batch within data\.timeout=0\.05 seconds"):
-        loader.batch(0)
-    assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("batch-loader"))
-    release.set()
-    loader.close()
+    try:
+        with pytest.raises(DataError, match=r"gave no batch within data\.timeout=0\.05 seconds"):
+            loader.batch(0)
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("batch-loader"))
+    finally:
+        release.set()
+        loader.close()
 
 
 def test_an_id_that_the_tokenizer_lacks_is_named(tmp_path: Path) -> None:

@@ -82,11 +82,13 @@ def test_neighbours_do_not_stay_neighbours() -> None:
 
 def test_a_huge_corpus_needs_no_table() -> None:
     size = 10**12 + 39
-    tracemalloc.start()
-    found = InstanceOrder(0, size).order(np.arange(5 * size, 5 * size + 10_000))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 5_000_000
+    peaks = []
+    for _ in range(3):  # other threads of this process are counted too; a table would be there each time
+        tracemalloc.start()
+        found = InstanceOrder(0, size).order(np.arange(5 * size, 5 * size + 10_000))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert min(peaks) < 5_000_000
     assert len(np.unique(found)) == 10_000
     assert found.min() >= 0
     assert found.max() < size

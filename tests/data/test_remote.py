@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -86,12 +85,15 @@ def test_hosts_that_copy_into_a_shared_cache_at_one_time_do_not_disturb_each_oth
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     replace, others = os.replace, []
+    system, _, *rest = os.uname()
 
     def while_another_host_does_it_too(*arguments: Path) -> None:
-        if not others:  # this host has written a file, and not named it yet
+        if not others and Path(arguments[1]).is_relative_to(
+            tmp_path / "cache"
+        ):  # this host has written a file, and not named it yet
             others.append(None)
             with monkeypatch.context() as other:
-                other.setattr(os, "uname", lambda: SimpleNamespace(nodename="another"))
+                other.setattr(os, "uname", lambda: os.uname_result((system, "another", *rest)))
                 other.setattr(remote, "host_lock", nullcontext)
                 others[0], _ = opened(address, tmp_path / "cache")
         replace(*arguments)

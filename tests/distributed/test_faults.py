@@ -3,19 +3,14 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_training import ROOT, arguments, launch, records
-from training import distributed
-from training.config import LostRankError
-from training.distributed import distributed_world
 
 WATCHED = ("training.hang_seconds=4", "training.steps=2000", "checkpoint.every=20", "evaluation.every=0")
 
@@ -151,15 +146,3 @@ FileSystemReader.read_data = read_data
     assert re.search(r"all ranks wait for rank 1 \(process \d+ on .*\) \(after the model\)", err), err
     assert seconds < 90
     assert "read_data" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
-
-
-def test_a_rank_that_never_comes_is_named(monkeypatch):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    for name, value in {"RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
-        monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(distributed, "ARRIVAL", timedelta(seconds=1))
-    monkeypatch.setattr(distributed, "_store", distributed._store.__wrapped__)
-    with pytest.raises(LostRankError, match="of 3 ranks, 1, 2 did not come within 1 s"), distributed_world("cpu"):
-        pass

@@ -9,17 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def submitted(folder, status, restarts=0):
+def submitted(folder, status, restarts=0, arguments=("run.name=first",)):
     """The job's exit status, and whether it went back into the queue, when srun gives `status`."""
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+    (tools / "srun").write_text(f'#!/bin/sh\necho "$@" > {folder}/started\nexit {status}\n')
     (tools / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo host && exit\necho "$@" > {folder}/asked\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
-    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host", "SLURM_RESTART_COUNT": str(restarts)}
+    variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host", "SLURM_JOB_NUM_NODES": "2"}
+    variables["SLURM_RESTART_COUNT"] = str(restarts)
     done = subprocess.run(
-        ["bash", "scripts/slurm/train.sbatch", "run.name=first"],
+        ["bash", "scripts/slurm/train.sbatch", *arguments],
         cwd=ROOT,
         env={**os.environ, **variables, "PATH": f"{tools}:{os.environ['PATH']}"},
         capture_output=True,
@@ -41,3 +42,20 @@ def test_other_ends_are_ends(status, tmp_path):
 
 def test_a_job_is_not_requeued_for_ever(tmp_path):
     assert submitted(tmp_path, 75, restarts=20) == (2, False)
+
+
+def test_each_node_holds_a_copy_of_the_model_unless_told_otherwise(tmp_path):
+    submitted(tmp_path, 0)
+    assert "run.name=first parallel.replicate=2" in (tmp_path / "started").read_text()
+    (tmp_path / "again").mkdir()
+    submitted(tmp_path / "again", 0, arguments=("run.name=first", "parallel.replicate=1"))
+    assert (tmp_path / "again" / "started").read_text().endswith("run.name=first parallel.replicate=1\n")
+
+
+def test_outside_slurm_is_one_sentence():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+    command = ["bash", "scripts/slurm/train.sbatch", "run.name=first"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: SLURM_JOB_NODELIST is not set: submit with sbatch")
+    assert done.stderr.count("\n") == 1

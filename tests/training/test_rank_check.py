@@ -10,7 +10,7 @@ from tests.shards import tiny_config
 from training.rank_check import Seen, compare
 from training.trainer import train
 
-ALIKE = Seen("a", 1000.0, "2.11", "data", "config", True, 2.0)
+ALIKE = Seen("a", 1000.0, "2.11", "data", {"optimizer.lr": 0.1, "run.dir": "runs/x"}, True, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,11 @@ ALIKE = Seen("a", 1000.0, "2.11", "data", "config", True, 2.0)
     [
         ({"torch": "2.13"}, "rank 1 on b has torch 2.13 and rank 0 on a has 2.11"),
         ({"data": "other"}, "rank 1 on b has the data other"),
-        ({"config": "other"}, "start every host with the same command"),
+        (
+            {"config": {"optimizer.lr": 0.2, "model.norm": "pre"}},
+            "(?s)rank 1 on b has another configuration than rank 0 on a: start every host with the same command.*"
+            r"key +rank 0 +rank 1\n +model.norm +null +pre\n +optimizer.lr +0.1 +0.2$",
+        ),
         ({"sees_run_dir": False}, "run.dir=runs/x of rank 0 does not exist for rank 1 on b"),
         ({"clock": 1045.0}, r"the clock of rank 1 on b differs .* by \+45 s"),
         ({"sum_over_devices": 1.0}, "a sum over the devices of 2 ranks gave 1 on rank 1"),
@@ -28,6 +32,11 @@ def test_what_differs_is_named_with_rank_and_host(difference, words):
     compare([ALIKE, replace(ALIKE, host="b", clock=1001.0)], "runs/x")
     with pytest.raises(ConfigError, match=words):
         compare([ALIKE, replace(ALIKE, host="b", **difference)], "runs/x")
+
+
+def test_hosts_may_have_data_under_paths_of_their_own():
+    elsewhere = {**ALIKE.config, "data.path": "/local/shards", "run.dir": "/mnt/runs/x"}
+    compare([ALIKE, replace(ALIKE, host="b", config=elsewhere)], "runs/x")
 
 
 def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(shards, tmp_path, monkeypatch):
