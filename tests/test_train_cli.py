@@ -63,6 +63,14 @@ MISTAKES = [
     ),
     ("moda_tiny", "moda_tiny is not an override: write key=value, for example model=moda_tiny."),
     (
+        "data=mixture data.mixture=[web,code]",
+        "data.mixture=[web,code] cannot be used: an element of data.mixture is written {path: ..., weight: ...}.",
+    ),
+    (
+        "data=mixture",
+        "data.path= cannot be used: use a folder of token shards, as in data.path=SHARDS, or several in data.mixture.",
+    ),
+    (
         "--model=moda_tiny",
         "--model=moda_tiny is not a flag: keys are written without dashes, for example model=moda_tiny.",
     ),

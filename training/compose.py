@@ -330,6 +330,10 @@ def _explained(error: BaseException) -> str:
     value = override.partition("=")[2] if override else wrong or "null"
     elements = (found(r"Could not override '([^']+)'") or override.partition("=")[0]) + "[]."
     if any(other.startswith(elements) for other in _KEYS) and key not in _KEYS:  # in an element of a list
+        if key.startswith(elements[:-2]):  # the element itself: list[n]
+            fields = [other.removeprefix(elements) for other in _KEYS if other.startswith(elements)]
+            example = ", ".join(f"{field}: ..." for field in fields)
+            return f"{override} cannot be used: an element of {elements[:-3]} is written {{{example}}}."
         key, value = elements + key, wrong
     file = found(r"^In '([^']+)': \w+ raised")
     place = f"{file}.yaml: " if file else ""

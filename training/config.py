@@ -79,7 +79,7 @@ class DataConfig:
             remedy = "leave one of them out (data=mixture sets data.path to nothing)"
             require(not self.path.strip(), "data.path", self.path, f"data.mixture is given too: {remedy}")
         else:
-            remedy = "use a folder of token shards, as in data.path=SHARDS"
+            remedy = "use a folder of token shards, as in data.path=SHARDS, or several in data.mixture"
             require(bool(self.path.strip()), "data.path", self.path, remedy)
         for number, entry in enumerate(self.mixture):
             key = f"data.mixture[{number}]"

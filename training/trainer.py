@@ -380,13 +380,6 @@ class Trainer:
                 world_size=world.size,
                 reduce=world.sum,
             )
-        wanted = config.training.steps * config.training.global_batch_size
-        for source in self.stream.sources:
-            share = float(Fraction(source.share))
-            self.console.say(
-                f"data {source.path} | {format_count(source.tokens)} tokens, {source.instances:,} instances "
-                f"| {share:.4%} of the {wanted:,} of the whole run ({wanted * share / source.instances:.2f} epochs)"
-            )
 
     def _build_model(self) -> None:
         config, world = self.config, self.world
@@ -447,10 +440,21 @@ class Trainer:
             self.console.say(
                 f"not profiled: {left} of logging.profile.steps; this start makes {steps[0]} to {steps[-1]}"
             )
+        self._say_data()
         self.saver.saved_step = self.state.step
         self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
         self.state.sources = [asdict(source) for source in self.stream.sources]
         self.state.config = resolved(config)
+
+    def _say_data(self) -> None:
+        """What the whole run takes of each source: what it has taken, and the steps that are left."""
+        left = max(0, self.config.training.steps - self.state.step) * self.config.training.global_batch_size
+        for source in self.stream.sources:
+            taken = (self.state.instances + left) * float(Fraction(source.share))
+            self.console.say(
+                f"data {source.path} | {format_count(source.tokens)} tokens, {source.instances:,} instances "
+                f"| the whole run takes {taken:,.0f} ({taken / source.instances:.2f} epochs)"
+            )
 
     def _open_run_directory(self) -> None:
         """On the main rank: configuration, versions, metrics up to the checkpoint, wandb."""
