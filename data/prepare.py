@@ -149,6 +149,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"output={output} is a file: name a folder.")
+    source.check_output(output)
     splits = source.splits()
     tokenizer = None if request.trained else load_tokenizer(request.spec, request.eos_token)
     if tokenizer is not None:
