@@ -169,7 +169,7 @@ def verify_checksums(folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter
-        digests = threads.map(_sha256, [folder / file.name for file in manifest.files])
+        digests = threads.map(sha256_of, [folder / file.name for file in manifest.files])
         for file, found in zip(manifest.files, digests, strict=True):
             if found != file.sha256:
                 raise DataError(
@@ -224,7 +224,8 @@ def host_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Itera
         yield
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex digest of a whole file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
