@@ -241,6 +241,16 @@ def check_shards_dir(shards_dir: Path) -> None:
             raise DataError(f"{shards_dir} is inside a shards directory: name that, {outer}.")
 
 
+def check_tokenizer(shards_dir: Path) -> None:
+    """Raise `DataError` when `tokenizer.json`, where there is one, is not that of the manifest of `train`."""
+    path = shards_dir / TOKENIZER_NAME
+    if path.exists() and sha256_of(path) != read_manifest(shards_dir / "train").tokenizer["sha256"]:
+        raise DataError(
+            f"{path} is not the tokenizer of {shards_dir / 'train'} (its SHA-256 is not the manifest's): put that one "
+            "back, or give the command of the preparation again, which does."
+        )
+
+
 def validation_domains(shards_dir: str | Path) -> list[str]:
     """Names of the validation domains of a shards directory, sorted; empty when there are none.
 
