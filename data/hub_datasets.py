@@ -19,7 +19,7 @@ from typing import Any
 
 from data.readers import Broken, Item
 from data.shards import DataError
-from data.sources import TRAIN, Split, found_files
+from data.sources import TRAIN, Split, check_apart, found_files
 
 _COMMIT = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")  # in the address of a file on the hub
 
@@ -103,6 +103,11 @@ class HuggingFaceDataset:
             limit = self.max_validation_documents
             splits.append(self._split(f"validation/{domain}", self.validation_split, limit, found))
         return [*splits, self._split(TRAIN, self.split, self.max_documents, found)]
+
+    def check_output(self, output: Path) -> None:
+        """A dataset in a local folder must not lie in `output`."""
+        if Path(self.name).is_dir():
+            check_apart(self.name, "source.name", output)
 
     def _files(self) -> dict[str, list[str]]:
         """Paths or addresses of the files of each split as they are now."""

@@ -14,7 +14,9 @@ The result is an index, made once in constant memory and kept beside the shards 
     lengths.bin    uint32: ids of each piece
     ends.bin       uint64: number of pieces up to the end of each instance
     targets.bin    uint32: targets of each instance
-    packing.json   fingerprint of the data and the shares of padding and cuts; written last
+    packing.json   fingerprint of the data, SHA-256 of these files, the shares of padding and cuts; written last
+
+An index that is cut short, altered or of other data is made again.
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.shards import DataError, TokenStream, check_sequence_length, host_lock, partial_path, write_atomically
+from data.shards import (
+    DataError,
+    TokenStream,
+    check_sequence_length,
+    host_lock,
+    partial_path,
+    sha256_of,
+    write_atomically,
+)
 
 BLOCK = 2**20  # documents packed together: bounds the memory to about 200 MB; packing more gains nothing
 NAME = "packing.json"
@@ -53,6 +63,7 @@ class PackingReport:
     cut: int = 0  # documents that were longer than an instance
     cut_by_windows: int = 0  # documents that lie in several windows of `sequence_length`
     padding: int = 0  # places without an id, of instances * (sequence_length + 1)
+    sha256: dict[str, str] = field(default_factory=dict)  # hex digest of each file of the index, by its name
 
     @property
     def padding_share(self) -> float:
@@ -137,6 +148,7 @@ def pack(stream: TokenStream, sequence_length: int, index: Path) -> PackingRepor
                 file.close()
         if not report.instances:
             raise DataError(f"{stream.folder} has no document of two ids or more: nothing can be packed.")
+        report.sha256 = _checksums(partial)
         write_atomically(partial / NAME, json.dumps(asdict(report), indent=1).encode())
         try:
             os.replace(partial, index)
@@ -153,7 +165,7 @@ def pack(stream: TokenStream, sequence_length: int, index: Path) -> PackingRepor
 
 
 def _read_report(index: Path, stream: TokenStream) -> PackingReport | None:
-    """The report of a finished index of this very data, None when there is none."""
+    """The report of a finished and undamaged index of this very data, None when there is none."""
     try:
         report = PackingReport(**json.loads((index / NAME).read_bytes()))
         ends = np.memmap(index / "ends.bin", dtype=ARRAYS["ends"], mode="r")
@@ -162,9 +174,14 @@ def _read_report(index: Path, stream: TokenStream) -> PackingReport | None:
         )
         sizes = {name: (index / f"{name}.bin").stat().st_size for name in ARRAYS}
         whole = sizes == {name: counts[name] * dtype.itemsize for name, dtype in ARRAYS.items()}
+        same = report.fingerprint == stream.manifest.fingerprint and whole and report.sha256 == _checksums(index)
     except (OSError, ValueError, TypeError):
         return None
-    return report if whole and report.fingerprint == stream.manifest.fingerprint else None
+    return report if same else None
+
+
+def _checksums(index: Path) -> dict[str, str]:
+    return {f"{name}.bin": sha256_of(index / f"{name}.bin") for name in ARRAYS}
 
 
 def _documents(stream: TokenStream, block: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

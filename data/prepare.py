@@ -38,6 +38,7 @@ from data.shards import (
     Manifest,
     ShardFile,
     dtype_for,
+    parse_manifest,
     read_manifest,
     verify_checksums,
     write_atomically,
@@ -45,7 +46,7 @@ from data.shards import (
 )
 from data.sources import Part, Source, Split, TokenFile
 from data.tokenize import TRAINING_BYTES, TextTokenizer, first_texts, load_tokenizer, train_tokenizer
-from data.tokenized_parts import ON_ERROR, TokenizePart, writing
+from data.tokenized_parts import ON_ERROR, TokenizePart, undamaged, writing
 from data.workers import Job, run_jobs
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
@@ -149,6 +150,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"output={output} is a file: name a folder.")
+    source.check_output(output)
     splits = source.splits()
     tokenizer = None if request.trained else load_tokenizer(request.spec, request.eos_token)
     if tokenizer is not None:
@@ -170,7 +172,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
                 _write_tokenizer(tokenizer, splits, output)
     if unfinished:
         assert tokenizer is not None
-        planned = [_plan(split, output, settings[split.name], tokenizer) for split in unfinished]
+        planned = [_plan(split, output, settings[split.name], tokenizer, options) for split in unfinished]
         _make_parts(planned, tokenizer, options)
         if options.tasks > 1:
             missing = sum(len(plan.parts) - len(plan.manifests) for plan in planned)
@@ -310,25 +312,29 @@ def _texts(split: Split, on_error: str) -> Iterator[str]:
                 raise DataError(item.message)
 
 
-def _plan(split: Split, output: Path, settings: dict[str, Any], tokenizer: TextTokenizer) -> _PlannedSplit:
-    """The parts of a split, and which of them are finished and made of the same text.
+def _plan(
+    split: Split, output: Path, settings: dict[str, Any], tokenizer: TextTokenizer, options: PrepareOptions
+) -> _PlannedSplit:
+    """The parts of a split, and which of them are finished, undamaged and made of the same text.
 
     All must have the same settings. That some have another text happens when a file is repaired, and they are made
-    again; when all have, the source is another one.
+    again; when all have, the source is another one. A task reads only the parts of its share for their checksums.
     """
     plan = _PlannedSplit(split, output / split.name, split.parts(), settings)
-    changed = 0
+    changed = damaged = 0
     for folder in sorted(plan.folder.glob("[0-9]*/")):
-        if not (folder / MANIFEST_NAME).exists():
+        if not (path := folder / MANIFEST_NAME).exists():
             continue
-        manifest, index = read_manifest(folder), int(folder.name)
+        manifest, index = parse_manifest(path.read_bytes(), path), int(folder.name)
         _check_same_settings(manifest.preparation, plan.part_settings, f"a part of an unfinished {split.name}", output)
         _check_same_tokenizer(tokenizer, {split.name: manifest}, output)
-        if index < len(plan.parts) and manifest.preparation.get("part") == plan.parts[index].identity:
-            plan.manifests[index] = manifest
-        else:
+        if index >= len(plan.parts) or manifest.preparation.get("part") != plan.parts[index].identity:
             changed += 1
-    if changed and not plan.manifests:
+        elif index % options.tasks == options.task and not undamaged(folder):
+            damaged += 1
+        else:
+            plan.manifests[index] = manifest
+    if changed and not damaged and not plan.manifests:
         raise DataError(
             f"output={output} holds an unfinished {split.name} whose finished parts are all of other files, or of "
             f"files that have changed: remove {plan.folder}, or choose another output."

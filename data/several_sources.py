@@ -52,6 +52,14 @@ class SeveralSources:
             found += [Split(f"{name}/{split.name}", split.settings, split.parts, split.unit) for split in splits]
         return sorted(found, key=lambda split: split.is_training)
 
+    def check_output(self, output: Path) -> None:
+        """Raises `DataError` when the files of one of the sources lie in `output`."""
+        for name, (source, _) in self._read().items():
+            try:
+                source.check_output(output)
+            except DataError as error:
+                raise DataError(f"{self.file}, {name}: {error}") from error
+
     def weights(self) -> dict[str, float]:
         """The weight of each source by its name."""
         return {name: weight for name, (_, weight) in self._read().items()}

@@ -169,7 +169,7 @@ def verify_checksums(folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = read_manifest(folder)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter
-        digests = threads.map(_sha256, [folder / file.name for file in manifest.files])
+        digests = threads.map(sha256_of, [folder / file.name for file in manifest.files])
         for file, found in zip(manifest.files, digests, strict=True):
             if found != file.sha256:
                 raise DataError(
@@ -224,7 +224,8 @@ def host_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Itera
         yield
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Hex digest of a whole file."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -238,6 +239,16 @@ def check_shards_dir(shards_dir: Path) -> None:
     for outer in shards_dir.absolute().parents[:2]:
         if (outer / "train" / MANIFEST_NAME).exists():
             raise DataError(f"{shards_dir} is inside a shards directory: name that, {outer}.")
+
+
+def check_tokenizer(shards_dir: Path) -> None:
+    """Raise `DataError` when `tokenizer.json`, where there is one, is not that of the manifest of `train`."""
+    path = shards_dir / TOKENIZER_NAME
+    if path.exists() and sha256_of(path) != read_manifest(shards_dir / "train").tokenizer["sha256"]:
+        raise DataError(
+            f"{path} is not the tokenizer of {shards_dir / 'train'} (its SHA-256 is not the manifest's): put that one "
+            "back, or give the command of the preparation again, which does."
+        )
 
 
 def validation_domains(shards_dir: str | Path) -> list[str]:

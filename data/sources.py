@@ -115,6 +115,9 @@ class Source(Protocol):
 
     def splits(self) -> list[Split]: ...
 
+    def check_output(self, output: Path) -> None:
+        """Raise `DataError` when preparing into `output` would mix what is made with the text that it is made of."""
+
 
 @dataclass(frozen=True)
 class FilePart:
@@ -209,6 +212,34 @@ def _split_files(
     return [(name, found_files(files)) for name, files in found.items()]
 
 
+def check_apart(path: str, key: str, output: Path) -> None:
+    """Raise `DataError` when the files of `key`=`path` lie in `output`, to be taken for shards or removed.
+
+    Each takes `path` as a source does: a folder, a file or a glob.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        folder = folder.parent
+    while glob.has_magic(str(folder)) and not folder.is_dir():
+        folder = folder.parent
+    if folder.resolve().is_relative_to(output.resolve()):
+        raise DataError(
+            f"output={output} holds the files of {key}={path}: choose another output, as {output / 'shards'}."
+        )
+
+
+def _check_files_apart(path: str, validation: str | None, output: Path) -> None:
+    """`check_apart` of a source of files; nor may `output` lie in its validation text, whose subfolders are read."""
+    check_apart(path, "source.path", output)
+    if validation is not None:
+        check_apart(validation, "source.validation", output)
+    held_out = Path(validation if validation is not None else os.path.join(path, "validation")).expanduser()
+    if output.resolve().is_relative_to(held_out.resolve()):
+        raise DataError(
+            f"output={output} lies in {held_out}, the validation text of source.path={path}: choose another output."
+        )
+
+
 def found_files(paths: list[Path]) -> list[SourceFile]:
     """The files of a split as they are now."""
     common = os.path.commonpath([path.absolute().parent for path in paths])
@@ -236,6 +267,9 @@ class Files:
             self._split(*found)
             for found in _split_files(self.path, self.validation, _is_text, [*FORMATS, *COMPRESSIONS])
         ]
+
+    def check_output(self, output: Path) -> None:
+        _check_files_apart(self.path, self.validation, output)
 
     def _split(self, name: str, files: list[SourceFile]) -> Split:
         settings = {"kind": "files", "files": [file.identity for file in files]}
@@ -278,6 +312,9 @@ class TokenFiles:
         found = _split_files(self.path, self.validation, lambda path: path.suffix in TOKEN_SUFFIXES, TOKEN_SUFFIXES)
         return [self._split(*entry) for entry in found]
 
+    def check_output(self, output: Path) -> None:
+        _check_files_apart(self.path, self.validation, output)
+
     @staticmethod
     def _split(name: str, files: list[SourceFile]) -> Split:
         parts = [TokenFile(os.path.abspath(file.path), file.name, file.size, file.ends) for file in files]
@@ -294,6 +331,9 @@ class Embedded:
     def splits(self) -> list[Split]:
         """Known before the corpus is written: its domains are fixed."""
         return [self._split(name) for name in [*(f"validation/{domain}" for domain in sorted(DOMAINS)), TRAIN]]
+
+    def check_output(self, output: Path) -> None:
+        """The text may lie in `output`: this source writes it there itself, apart from the splits."""
 
     def _split(self, name: str) -> Split:
         return Split(name, {"kind": "embedded", "max_megabytes": self.max_megabytes}, lambda: self._parts(name))

@@ -2,7 +2,7 @@
 
 In: a part (`data.sources`), a tokenizer. Out: a folder with the part's ids and manifest (`data.shards`), and with
 `on_error=skip` a `skipped.txt` that names whatever was broken. The manifest is written last, so a part without one is
-made again, and one with it is kept.
+made again, and one with it is kept as long as its files have their checksums.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 
 from data.filters import build_filters
 from data.readers import Broken
-from data.shards import DTYPES, DataError, Manifest, ShardFile, ShardWriter
+from data.shards import DTYPES, DataError, Manifest, ShardFile, ShardWriter, verify_checksums
 from data.sources import Part, TokenFile
 from data.token_files import count_documents
 from data.tokenize import TextTokenizer
@@ -44,6 +44,16 @@ def writing(folder: Path) -> Iterator[None]:
             f"{error.filename or folder} cannot be written ({error.strerror or error}): make room, then give the same "
             "command again, which keeps all finished parts."
         ) from error
+
+
+def undamaged(folder: Path) -> bool:
+    """Whether the files of a finished part are those of its manifest; if not, a line says that it is made again."""
+    try:
+        verify_checksums(folder)
+    except DataError as error:
+        print(f"{str(error).rpartition(': ')[0]}: this part is made again", flush=True)
+        return False
+    return True
 
 
 @dataclass

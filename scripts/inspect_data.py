@@ -29,6 +29,7 @@ from data.shards import (
     TokenDataset,
     TokenStream,
     check_shards_dir,
+    check_tokenizer,
     read_manifest,
     validation_domains,
     verify_checksums,
@@ -76,6 +77,7 @@ class Inspection:
                 raise DataError(f"{entry} cannot be read: write PATH=WEIGHT with a number, or PATH alone.") from None
             self.roots.append(localized(path if equals else entry, options.cache, print))
             check_shards_dir(self.roots[-1])
+            check_tokenizer(self.roots[-1])
         for name, least in (("instances", 0), ("position", 0), ("overlap", 0), ("windows", 0)):
             if getattr(options, name) < least:
                 raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")
@@ -118,6 +120,8 @@ class Inspection:
             f"  tokenizer {manifest.tokenizer['name']} ({manifest.tokenizer['sha256'][:16]}), "
             f"{manifest.vocab_size:,} ids, EOS {manifest.eos_id}"
         )
+        if not (root / TOKENIZER_NAME).exists():
+            print(f"  {root / TOKENIZER_NAME} is missing: text is shown as the numbers of its ids")
         for key, value in manifest.preparation.items():
             print(f"  made with {key}: {json.dumps(value)}")
         for name in names:

@@ -17,6 +17,7 @@ from data.shards import (
     Instances,
     TokenDataset,
     check_shards_dir,
+    check_tokenizer,
     validation_domains,
     verify_checksums_once,
 )
@@ -41,6 +42,7 @@ def open_stream(config: Config, say: Callable[[str], None] = lambda line: None) 
                 f"data.path={path} holds no token shards ({folder} does not exist): set data.path to a prepared "
                 f"folder, or prepare it with{command}"
             )
+        check_tokenizer(root)
         if data.packing == "best_fit":
             datasets.append(PackedDataset(folder, data.sequence_length, say))
         else:

@@ -140,6 +140,28 @@ def test_the_index_is_kept_and_made_again_for_other_data(tmp_path: Path, monkeyp
         PackedDataset(folder, LENGTH + 1)
 
 
+@pytest.mark.parametrize("name", ["pieces.bin", "lengths.bin", "ends.bin", "targets.bin"])
+def test_an_altered_index_and_one_without_checksums_are_made_again(tmp_path: Path, name: str) -> None:
+    said: list[str] = []
+    folder = write(tmp_path, random_documents(50, 20))
+    first = PackedDataset(folder, LENGTH, said.append)
+    rows = [first[i].tolist() for i in range(len(first))]
+    file, record = (folder / f"packing-{LENGTH}" / one for one in (name, "packing.json"))
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    again = PackedDataset(folder, LENGTH, said.append)
+    assert len(said) == 4
+    assert [again[i].tolist() for i in range(len(again))] == rows
+    assert file.read_bytes() == content
+    report = json.loads(record.read_text())
+    del report["sha256"]  # as it was before there were any
+    record.write_text(json.dumps(report))
+    assert PackedDataset(folder, LENGTH, said.append).report == first.report
+    assert len(said) == 6
+    PackedDataset(folder, LENGTH, said.append)
+    assert len(said) == 6
+
+
 def test_hosts_that_pack_a_shared_folder_at_one_time_do_not_disturb_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

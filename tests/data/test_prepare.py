@@ -148,6 +148,37 @@ def test_finished_parts_are_kept_and_the_others_made_again(
     assert contents(output) == contents(tmp_path / "whole")
 
 
+def test_finished_parts_that_were_damaged_since_are_made_again(
+    many_files: Path, tmp_path: Path, saved: TokenizerRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(output: Path, **tasks: int) -> None:
+        prepare(Files(str(many_files), part_megabytes=1e-6), saved, output, PrepareOptions(workers=1, **tasks))
+
+    whole, output = tmp_path / "whole", tmp_path / "out"
+    prepared(whole)
+    shutil.copytree(whole, output)
+    (output / "train" / "manifest.json").unlink()
+    altered, cut, lost = (output / "train" / f"0000{part}" / "00000.bin" for part in range(3))
+    altered.write_bytes(bytes([altered.read_bytes()[0] ^ 1]) + altered.read_bytes()[1:])
+    cut.write_bytes(cut.read_bytes()[:-2])
+    lost.unlink()
+    with pytest.raises(WaitingForTasks):
+        prepared(output, task=1, tasks=3)  # looks after its own part alone
+    said = capsys.readouterr().out
+    assert str(cut) in said
+    assert str(altered) not in said
+    assert cut.read_bytes() == (whole / "train" / "00001" / "00000.bin").read_bytes()
+    kept = (output / "train" / "00003" / "00000.bin").stat().st_mtime_ns
+    capsys.readouterr()
+    prepared(output)
+    said = capsys.readouterr().out
+    assert f"{altered} is damaged (its SHA-256 is not the manifest's): this part is made again\n" in said
+    assert f"{lost} is missing where its manifest says" in said
+    assert said.count("made again") == 2
+    assert (output / "train" / "00003" / "00000.bin").stat().st_mtime_ns == kept
+    assert contents(output) == contents(whole)
+
+
 @pytest.mark.parametrize("filters", [[], FILTERS], ids=["", "duplicates"])
 def test_after_a_file_was_repaired_only_what_it_changed_is_made_again(
     many_files: Path, tmp_path: Path, saved: TokenizerRequest, filters: list, capsys: pytest.CaptureFixture[str]

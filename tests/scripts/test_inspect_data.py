@@ -52,6 +52,18 @@ def test_instances_are_shown_with_their_documents_and_the_order_of_a_run(folder,
     assert "% padding" in packed
 
 
+def test_a_tokenizer_of_other_data_is_refused_and_a_missing_one_is_said_to_be(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "corpus")
+    assert main([str(copy)]) == 0
+    assert f"{copy}/tokenizer.json is missing: text is shown as the numbers of its ids" in capsys.readouterr().out
+    (copy / "tokenizer.json").write_bytes(b"another tokenizer")
+    assert main([str(copy)]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"error: {copy}/tokenizer.json is not the tokenizer of {copy}/train (its SHA-256")
+    assert said.err.count("\n") == 1
+
+
 def test_a_packed_mixture_says_once_how_it_is_packed_and_a_folder_that_cannot_be_read_is_named(
     folder, tmp_path, capsys, monkeypatch
 ):

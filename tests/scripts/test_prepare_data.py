@@ -98,6 +98,41 @@ def test_a_mistake_is_one_sentence_and_status_2_before_any_file(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("path", "output"),
+    [("text", "text"), ("text", "."), ("text/", "link"), ("text/*.json.gz", "text"), ("text/a.json.gz", "text")],
+)
+def test_output_that_holds_the_source_is_refused_at_once(
+    script: ModuleType,
+    text: Path,
+    path: str,
+    output: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("text")
+    before = sorted(tmp_path.rglob("*"))
+    assert script.main(["source=files", f"source.path={path}", "tokenizer=train", f"output={output}"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: output={output} holds the files of source.path={path}: choose another output, as "
+        f"{Path(output) / 'shards'}.\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_output_inside_the_source_is_no_part_of_it_except_in_its_validation_text(
+    script: ModuleType, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["source=files", f"source.path={text}", "tokenizer=train", "tokenizer_vocab_size=300", "workers=1"]
+    for _ in range(2):
+        assert script.main([*command, f"output={text / 'shards'}"]) == 0
+    assert read_manifest(text / "shards" / "train").documents == 50
+    assert script.main([*command, f"output={text / 'validation' / 'shards'}"]) == 2
+    assert f"lies in {text / 'validation'}, the validation text" in capsys.readouterr().err
+
+
 def test_the_configuration_and_the_help_can_be_shown(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["source=embedded", "output=somewhere", "tokenizer=train", "--cfg", "job"]) == 0
     assert "path: somewhere/text" in capsys.readouterr().out

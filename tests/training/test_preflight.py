@@ -1,5 +1,6 @@
 """training/preflight.py: a run that its data or its machine cannot carry is refused before it makes anything."""
 
+import hashlib
 import json
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_domain_of_another_tokenizer_is_refused(config, tmp_path):
     manifest["tokenizer"]["sha256"] = "1" * 64
     path.write_text(json.dumps(manifest))
     assert "different tokenizers" in message(DataError, config)
+
+
+def test_a_tokenizer_file_of_other_data_is_refused_and_a_missing_one_is_not_needed(config, tmp_path):
+    content = b"the tokenizer"
+    shards = write_shards(tmp_path / "shards", tokenizer=hashlib.sha256(content).hexdigest())
+    config.data.path, config.data.packing = str(shards), "best_fit"
+    (shards / "tokenizer.json").write_bytes(b"another tokenizer")
+    assert message(DataError, config).startswith(f"{shards}/tokenizer.json is not the tokenizer of {shards}/train")
+    assert not list((shards / "train").glob("packing*")), "before any expensive work"
+    (shards / "tokenizer.json").write_bytes(content)
+    preflight(config)
+    (shards / "tokenizer.json").unlink()
+    preflight(config)
 
 
 def test_more_evaluation_instances_than_there_are_is_fine(config):
