@@ -147,22 +147,28 @@ def test_the_same_command_given_twice_at_one_time_waits_and_finds_the_work_done(
 ) -> None:
     arguments = ["source=files", f"source.path={text}", "tokenizer=train", "tokenizer_vocab_size=300", "workers=1"]
     arguments.append(f"output={tmp_path / 'shards'}")
-    prepare, second = script.prepare, threading.Thread(target=lambda: statuses.append(script.main(arguments)))
+    prepare, host_lock = script.prepare, script.host_lock
+    second = threading.Thread(target=lambda: statuses.append(script.main(arguments)))
     statuses: list[int] = []
     said: list[str] = []
+    waits = threading.Event()
+
+    def lock(path, waiting):
+        return host_lock(path, lambda: (waiting(), waits.set()))
 
     def while_the_other_waits(*given):
         monkeypatch.setattr(script, "prepare", prepare)
         second.start()
-        while "waiting" not in (said or [""])[-1] and second.is_alive():
-            said.append(capsys.readouterr().out)
+        waits.wait()
+        said.append(capsys.readouterr().out)  # once: what is printed while it is read may be lost
         return prepare(*given)
 
+    monkeypatch.setattr(script, "host_lock", lock)
     monkeypatch.setattr(script, "prepare", while_the_other_waits)
     statuses.append(script.main(arguments))
     second.join()
     assert statuses == [0, 0]
-    assert f"another command prepares output={tmp_path / 'shards'}: waiting for its end" in said[-1]
+    assert f"another command prepares output={tmp_path / 'shards'}: waiting for its end" in said[0]
     assert "train: finished before" in capsys.readouterr().out
 
 
