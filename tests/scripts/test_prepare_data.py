@@ -159,7 +159,7 @@ def test_the_same_command_given_twice_at_one_time_waits_and_finds_the_work_done(
     def while_the_other_waits(*given):
         monkeypatch.setattr(script, "prepare", prepare)
         second.start()
-        waits.wait()
+        waits.wait(60)
         said.append(capsys.readouterr().out)  # once: what is printed while it is read may be lost
         return prepare(*given)
 
