@@ -22,7 +22,8 @@ from moda.kernels import fused_backward, fused_forward
 from moda.kernels.depth import MAX_GROUP
 
 # Pairs of sequence and kv head take turns in a kernel, as many at a time as fit the cache and at least so many that
-# there are PROGRAMS of them. The best of 2**23 to 2**26 and "all at once" on an H100, whose L2 holds 50 MB.
+# there are PROGRAMS of them. A compromise for an H100, whose L2 holds 50 MB: 2**23 was faster for 8 rows
+# of 4096 tokens in groups of 2, and slower for groups of 32 (docs/benchmarks.md).
 CACHE_BYTES, PROGRAMS = 2**24, 256
 
 
