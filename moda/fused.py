@@ -69,7 +69,7 @@ def joint_backward(
     from moda.kernels import depth, fused
 
     do = do.contiguous()
-    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
     q = q.contiguous()
     gradients = []
