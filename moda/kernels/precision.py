@@ -68,6 +68,38 @@ def exp2_scaled(s, scale, scale_low, lse, lse_low, FULL: tl.constexpr):
 
 
 @triton.jit
+def halves(x):
+    """Every other column of x, and the rest: what a thread holds of them it keeps."""
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+
+
+@triton.jit
+def two_sums(a, b):
+    """a b^T as the sum of two."""
+    a_even, a_odd = halves(a)
+    b_even, b_odd = halves(b)
+    s = tl.dot(a_even, tl.trans(b_even), input_precision="ieee")
+    return add_product(a_odd, tl.trans(b_odd), s, True)
+
+
+@triton.jit
+def scores(a, b, FULL: tl.constexpr):
+    """a b^T, rows of queries by rows of keys or the other way round, which gives the same bits.
+
+    If FULL, as the sum of up to four sums: an error of a score is one of its size, which may be hundreds.
+    """
+    if FULL and a.shape[1] >= 64:
+        a_even, a_odd = halves(a)
+        b_even, b_odd = halves(b)
+        s = two_sums(a_even, b_even) + two_sums(a_odd, b_odd)
+    elif FULL and a.shape[1] == 32:
+        s = two_sums(a, b)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision="ieee")
+    return s
+
+
+@triton.jit
 def slot_exponents(a, b, scale):
     """Scores, in powers of two, of queries and keys that broadcast to [., ., head_dim], in fp64."""
     return tl.sum(a.to(tl.float64) * b.to(tl.float64), 2) * (tl.cast(tl.cast(scale, tl.float32), tl.float64) * LOG2E)
