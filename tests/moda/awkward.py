@@ -45,8 +45,8 @@ CASES = [
 ]
 
 
-# With scores of thousands all of a row goes to one key. What is left of an error is that of scores that lie side by side
-# by chance, and where they do so the slots decide: the sequence alone says nothing about the size to expect.
+# With scores of thousands all of a row goes to one key. What is left of an error is that of scores that are close by
+# chance, and where they are so the slots decide: the sequence alone says nothing about the size to expect.
 LARGE_SCORES = [case for case in CASES if case.get("spread") == 30.0]
 
 
