@@ -4,10 +4,11 @@ Registered operators that write to their arguments: no autograd, no allocation. 
 names in `moda.reference` do. Shapes are fixed by the callers, so that what does not fit is an assertion.
 
 Layout. Tokens are contiguous [batch, time, heads, head_dim]; slots are slices of buffers [slots, batch, time, heads,
-head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] with any strides, so that a
-sequence kernel's own buffer serves, transposed, in place. delta and what readers leave of lse are fp32 and contiguous
-in a token. Readers' queries and gradients are found by their addresses, on the device. dtypes: bf16, fp16, fp32, one
-for all but statistics; sums run in fp32 registers in a fixed order, so that the same inputs give the same bits.
+head_dim] whose first axis may have any stride. lse is fp32, or of fp32 inputs also fp64, [batch, time, query_heads]
+with any strides, so that a sequence kernel's own buffer serves, transposed, in place. delta (fp32) and what readers
+leave of lse are contiguous in a token. Readers' queries and gradients are found by their addresses, on the device.
+dtypes: bf16, fp16, fp32, one for all but statistics; sums run in fp32 registers in a fixed order, so that the same
+inputs give the same bits.
 
 A configuration is looked up, never measured (`configuration`); the kernels are in `depth_query` and `depth_slots`.
 """

@@ -3,9 +3,10 @@
 Plain functions on tensors, no autograd; they allocate what they return. Queries [batch, time, query_heads, head_dim],
 keys and values [batch, key_time, kv_heads, head_dim] with any strides (views of one fused projection serve as they
 are); the queries are the last `time` of the key_time positions. Slots are slices of buffers [slots, batch, time,
-kv_heads, head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] in the memory order
-[batch, query_heads, time]. dtypes: bf16, fp16, fp32, one for all; sums run in fp32 in a fixed order, so that the same
-inputs give the same bits. Shapes are checked by the callers, so that what does not fit is an assertion.
+kv_heads, head_dim] whose first axis may have any stride. lse is fp32, of fp32 inputs fp64 (`moda.kernels.precision`
+says why), [batch, time, query_heads] in the memory order [batch, query_heads, time]. dtypes: bf16, fp16, fp32, one for
+all; sums run in fp32 in a fixed order, so that the same inputs give the same bits. Shapes are checked by the callers,
+so that what does not fit is an assertion.
 
 Launches are looked up, never measured (`tiles`); the kernels are in `fused_forward` and `fused_backward`.
 """
