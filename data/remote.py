@@ -18,13 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.host_lock import host_lock
 from data.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     DataError,
     Manifest,
     ShardFile,
-    host_lock,
     parse_manifest,
     partial_path,
     write_atomically,

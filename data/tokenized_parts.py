@@ -19,7 +19,8 @@ import numpy as np
 
 from data.filters import build_filters
 from data.readers import Broken
-from data.shards import DTYPES, DataError, Manifest, ShardFile, ShardWriter, verify_checksums
+from data.shard_writer import ShardWriter
+from data.shards import DTYPES, DataError, Manifest, ShardFile, verify_checksums
 from data.sources import Part, TokenFile
 from data.token_files import count_documents
 from data.tokenize import TextTokenizer

@@ -28,10 +28,11 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.host_lock import host_lock
 from data.interruption import Interrupted, interruptible
 from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
 from data.several_sources import SINGLE_SOURCES, SeveralSources
-from data.shards import DataError, host_lock
+from data.shards import DataError
 from data.sources import Source
 
 WAITING = 3  # exit status of a task that other tasks have to end before

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import data.shards
+from data.shard_writer import ShardWriter
 from data.shards import (
     DataError,
     Manifest,
-    ShardWriter,
     TokenDataset,
     TokenStream,
     dtype_for,
