@@ -87,6 +87,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def counted(number: int, thing: str) -> str:
+    """`3 files`, `1 file`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def dtype_for(vocab_size: int) -> str:
     """The narrowest type name that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
@@ -120,14 +125,16 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
             raise DataError(
                 f"{path} has format version {version}, this code reads {FORMAT_VERSION}: prepare the data again."
             )
-        known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
-        manifest.files = [ShardFile(**file) for file in raw["files"]]
-        itemsize = DTYPES[manifest.dtype].itemsize
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({error}): remove {folder} and prepare it again.") from error
+    if wrong := _wrong_value(raw):
+        raise DataError(f"{path} is damaged ({wrong}): remove {folder} and prepare it again.")
+    known = {f.name for f in fields(Manifest)}
+    manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
+    manifest.files = [ShardFile(*(file[f.name] for f in fields(ShardFile))) for file in raw["files"]]
+    itemsize = DTYPES[manifest.dtype].itemsize
     if sum(file.tokens for file in manifest.files) != manifest.tokens:
         raise DataError(f"{path} is damaged (the files' tokens do not add up): remove {folder} and prepare it again.")
     for file in manifest.files:
@@ -137,6 +144,50 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
                 f"remove {folder} and prepare it again."
             )
     return manifest
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_inside(name: object) -> bool:
+    """Whether `name` is that of a file below the folder of its manifest, and not of one elsewhere."""
+    return isinstance(name, str) and bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _wrong_value(raw: dict[str, Any]) -> str | None:
+    """The first value of a manifest that is not what its field holds, in words; None when all are."""
+    counts = {"vocab_size": 1, "eos_id": 0, "documents": 0, "tokens": 0, "bytes": 0}
+    for key, least in counts.items():
+        if not _is_count(value := raw.get(key), least):
+            return f"{key} is {json.dumps(value)}, not an integer of at least {least}"
+    if raw.get("dtype") not in list(DTYPES):
+        return f"dtype is {json.dumps(raw.get('dtype'))}, not {' or '.join(DTYPES)}"
+    if raw["eos_id"] >= raw["vocab_size"]:
+        return f"eos_id is {raw['eos_id']}, not below vocab_size {raw['vocab_size']}"
+    tokenizer = raw.get("tokenizer")
+    if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(key), str) for key in ("name", "sha256")):
+        return f"tokenizer is {json.dumps(tokenizer)}, not the strings name and sha256"
+    if not isinstance(settings := raw.get("preparation", {}), dict):
+        return f"preparation is {json.dumps(settings)}, not settings by name"
+    for key in ("filtered", "broken"):
+        if not isinstance(value := raw.get(key, {}), dict) or not all(map(_is_count, value.values())):
+            return f"{key} is {json.dumps(value)}, not counts by name"
+    files = raw.get("files")
+    if not isinstance(files, list):
+        return f"files is {json.dumps(files)}, not a list"
+    wanted: dict[str, tuple[Callable[[object], bool], str]] = {
+        "name": (_is_inside, "the name of a file below the folder"),
+        "tokens": (_is_count, "an integer of at least 0"),
+        "bytes": (_is_count, "an integer of at least 0"),
+        "sha256": (lambda value: isinstance(value, str), "a string"),
+    }
+    for number, file in enumerate(files):
+        for key, (right, what) in wanted.items():
+            value = file.get(key) if isinstance(file, dict) else None
+            if not right(value):
+                return f"{key} of files[{number}] is {json.dumps(value)}, not {what}"
+    return None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
