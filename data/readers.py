@@ -53,7 +53,7 @@ class Piece:
 
 def file_format(path: Path) -> tuple[str, str | None]:
     """Format (json, parquet, text) and compression (gzip, zstd, None), by the suffixes. `DataError` for others."""
-    suffixes = path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression:
         suffixes = suffixes[:-1]
