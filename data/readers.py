@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +128,21 @@ def read_piece(piece: Piece, text_field: str, plain_text: str) -> Iterator[Item]
 
 
 def _lines(piece: Piece, compression: str | None) -> Iterator[tuple[bytes | Broken, int]]:
-    """Lines that begin in the piece, with the bytes of the file (compressed ones if it is) that were read for them."""
+    """Lines that begin in the piece, with the bytes of the file (compressed ones if it is) that were read for them.
+
+    A byte order mark at the start of the file, which some editors write, is no part of its text.
+    """
+    lines = _marked_lines(piece, compression)
+    if piece.start == 0:
+        for line, position in lines:
+            line = line.removeprefix(BOM_UTF8) if isinstance(line, bytes) else line
+            if line:
+                yield line, position
+            break
+    yield from lines
+
+
+def _marked_lines(piece: Piece, compression: str | None) -> Iterator[tuple[bytes | Broken, int]]:
     if compression is None:
         with open(piece.path, "rb", buffering=2**20) as file:
             position = piece.start

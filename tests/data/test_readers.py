@@ -171,6 +171,23 @@ def test_plain_text_that_is_not_text_is_named_by_line(tmp_path: Path, monkeypatc
     assert "line 1: a document of over 0 MB: use source.plain_text=paragraph" in only_broken(path).message
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"text": text}) if "json" in name else text for text in ("one", "\ufefftwo")]
+    content = "".join(f"{line}\r\n" for line in lines).encode("utf-8-sig")
+    path = tmp_path / name
+    for mark, texts in ((content, ["one", "\ufefftwo"]), (b"\xef\xbb\xbf", [])):
+        path.write_bytes(gzip.compress(mark) if name.endswith(".gz") else mark)
+        found = [item for item, _ in read_piece(Piece(str(path), path.stat().st_size), "text", "line")]
+        assert [text.strip("\r\n") for text in found if isinstance(text, str)] == texts
+        assert [item.kind for item in found if isinstance(item, Broken)] == ([] if texts else ["empty file"])
+    path.write_bytes(content)
+    if name == "a.jsonl":
+        pieces = cut_file(path, 3)
+        assert len(pieces) > 5
+        assert [item for piece in pieces for item, _ in read_piece(piece, "text", "line")] == ["one", "\ufefftwo"]
+
+
 def test_empty_and_unreadable_files_are_named(tmp_path: Path) -> None:
     for name in ("a.json.gz", "a.jsonl", "a.parquet", "a.txt", "a.json.zst"):
         (tmp_path / name).touch()
