@@ -80,6 +80,10 @@ def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_p
         ("source=embedded tokenizer=train output=o eos_token=</s>", "eos_token=</s> cannot be parsed: quote the value"),
         ("source=embedded tokenizer=train output=a,b", "output=a,b is several values"),
         ("source=embedded tokenizer=train output", "output is not an override: write key=value."),
+        ("source=embedded filters=duplicate", "filters=duplicate is no list: write it as 'filters=[{name: duplicate},"),
+        ("source=embedded filters={name:duplicate}", "filters={'name': 'duplicate'} is no list: write it as"),
+        ("source=embedded filters=null", "filters=None is no list: write it as"),
+        ("source=embedded output=o tokenizer=train filters=[duplicate]", "filters cannot use duplicate: write each as"),
         ("-m source=embedded", "-m is not an override"),
     ],
 )
