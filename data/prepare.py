@@ -35,6 +35,7 @@ from data.shards import (
     DataError,
     Manifest,
     ShardFile,
+    counted,
     dtype_for,
     parse_manifest,
     read_manifest,
@@ -177,8 +178,8 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
 def summary(manifest: Manifest) -> str:
     """A token dataset in a few words, with what was left out of it and why."""
     lines = [
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes / 1e6:,.1f} MB of text "
-        f"({manifest.bytes_per_token:.2f} bytes a token)"
+        f"{counted(manifest.documents, 'document')}, {manifest.tokens:,} tokens, "
+        f"{manifest.bytes / 1e6:,.1f} MB of text ({manifest.bytes_per_token:.2f} bytes a token)"
     ]
     lines += [f"    left out: {count:,} ({reason})" for reason, count in manifest.filtered.items()]
     lines += [f"    skipped as broken: {count:,} ({kind})" for kind, count in manifest.broken.items()]
