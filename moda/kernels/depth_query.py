@@ -21,6 +21,7 @@ from moda.kernels.precision import (
     in_powers_of_two,
     slot_exponents,
     slot_exponents_dot,
+    slot_products,
 )
 
 
@@ -246,10 +247,12 @@ def backward_vector(
         v = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         if FULL:
             s = slot_exponents(queries, k[None, :, :], scale)
+            dp = slot_products(grads, v[None, :, :])
         else:
             s = tl.sum(queries * k[None, :, :], 2) * (scale * LOG2E)
+            dp = tl.sum(grads * v[None, :, :], 2)
         p = exp2(s - lse_rows)
-        ds = p * (tl.sum(grads * v[None, :, :], 2) - delta_rows) * scale
+        ds = p * (dp - delta_rows).to(tl.float32) * scale
         acc += ds[:, :, None] * k[None, :, :]
         if SLOT_GRADIENTS:
             tl.store(dk + at_kv, tl.sum(ds[:, :, None] * queries, 0).to(dk.dtype.element_ty), mask=in_kv)

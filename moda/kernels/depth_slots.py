@@ -11,7 +11,7 @@ where the autograd graph has them, and nothing is copied or allocated for the pu
 import triton
 import triton.language as tl
 
-from moda.kernels.precision import LOG2E, add_product, exp2, slot_exponents, slot_exponents_dot
+from moda.kernels.precision import LOG2E, add_product, exp2, slot_exponents, slot_exponents_dot, slot_products
 
 
 @triton.jit
@@ -98,9 +98,14 @@ def slots_vector(
             grads = tl.load(do + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
             lse_rows = tl.load(lse + at_lse + g, mask=in_lse, other=0.0) * LOG2E
             delta_rows = tl.load(delta + at_lse + g, mask=in_lse, other=0.0)
-            s = slot_exponents(keys, queries, scale) if FULL else tl.sum(keys * queries, 2) * (scale * LOG2E)
+            if FULL:
+                s = slot_exponents(keys, queries, scale)
+                dp = slot_products(values, grads)
+            else:
+                s = tl.sum(keys * queries, 2) * (scale * LOG2E)
+                dp = tl.sum(values * grads, 2)
             p = exp2(s - lse_rows[None, :])
-            ds = p * (tl.sum(values * grads, 2) - delta_rows[None, :]) * scale
+            ds = p * (dp - delta_rows[None, :]).to(tl.float32) * scale
             dk_sum += ds[:, :, None] * queries
             dv_sum += p[:, :, None] * grads
         addresses += 2

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from moda.kernels.fused_forward import key_ranges, split_rows, tile_of_program
-from moda.kernels.precision import PAST_END, add_product, exp2_scaled, in_powers_of_two, scores
+from moda.kernels.precision import PAST_END, add_product, exp2_scaled, in_powers_of_two, inner_products
 
 
 @triton.jit
@@ -57,8 +57,8 @@ def query_gradients(
         else:
             key = tl.load(k + at_k, mask=(d < D)[None, :], other=0.0)
             value = tl.load(v + at_v, mask=(d < D)[None, :], other=0.0)
-        s = scores(queries, key, FULL)
-        dp = tl.dot(grads, tl.trans(value), input_precision="ieee")
+        s = inner_products(queries, key, FULL)
+        dp = inner_products(grads, value, FULL)
         p = exp2_scaled(s, scale, scale_low, lse[:, None], lse_low[:, None] if FULL else 0.0, FULL)
         if MASKED:
             seen = (n + j)[None, :] <= position[:, None]
@@ -214,7 +214,7 @@ def key_gradients(
             grads = tl.load(do + at_token * (query_heads * D) + at_do)
             lse_rows, lse_low = in_powers_of_two(tl.load(lse + first_token + at_lse), FULL)
             delta_rows = tl.load(delta + at_token * query_heads + at_row)
-        s = scores(keys, queries, FULL)
+        s = inner_products(keys, queries, FULL)
         p = exp2_scaled(s, scale, scale_low, lse_rows[None, :], lse_low[None, :] if FULL else 0.0, FULL)
         if MASKED:
             seen = (first_token + token)[None, :] >= place[:, None]
@@ -222,7 +222,7 @@ def key_gradients(
                 seen = seen & ((first_token + token)[None, :] < end[:, None])
             p = tl.where(seen, p, 0.0)
         dv = add_product(p.to(grads.dtype), grads, dv, FULL)
-        dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
+        dp = inner_products(values, grads, FULL)
         ds = (p * (dp - delta_rows[None, :])).to(queries.dtype)
         dk = add_product(ds, queries, dk, FULL)
     return dk, dv

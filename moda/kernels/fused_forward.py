@@ -11,7 +11,16 @@ Scores are kept times log2(e), for exp2: m is their running maximum, `total` the
 import triton
 import triton.language as tl
 
-from moda.kernels.precision import LN2, LOG2E, add_product, exp2, exp2_scaled, in_powers_of_two, scores, slot_exponents
+from moda.kernels.precision import (
+    LN2,
+    LOG2E,
+    add_product,
+    exp2,
+    exp2_scaled,
+    in_powers_of_two,
+    inner_products,
+    slot_exponents,
+)
 
 LOWEST = tl.constexpr(-3.0e38)  # a maximum over nothing; finite, so that its difference to itself is not NaN
 
@@ -153,7 +162,7 @@ def attend_keys(
         else:
             key = tl.load(k + at_k, mask=(d < D)[None, :], other=0.0)
             value = tl.load(v + at_v, mask=(d < D)[None, :], other=0.0)
-        s = scores(queries, key, FULL)
+        s = inner_products(queries, key, FULL)
         if MASKED:
             seen = (n + j)[None, :] <= position[:, None]
             if DOCUMENTS:

@@ -83,10 +83,11 @@ def two_sums(a, b):
 
 
 @triton.jit
-def scores(a, b, FULL: tl.constexpr):
+def inner_products(a, b, FULL: tl.constexpr):
     """a b^T, rows of queries by rows of keys or the other way round, which gives the same bits.
 
-    If FULL, as the sum of up to four sums: an error of a score is one of its size, which may be hundreds.
+    If FULL, as the sum of up to four sums: an error of a score is one of its size, which may be hundreds, and an error
+    of a gradient times a value is most of what there is where few tokens are added up.
     """
     if FULL and a.shape[1] >= 64:
         a_even, a_odd = halves(a)
@@ -100,9 +101,15 @@ def scores(a, b, FULL: tl.constexpr):
 
 
 @triton.jit
+def slot_products(a, b):
+    """Inner products of what broadcasts to [., ., head_dim], in fp64."""
+    return tl.sum(a.to(tl.float64) * b.to(tl.float64), 2)
+
+
+@triton.jit
 def slot_exponents(a, b, scale):
     """Scores, in powers of two, of queries and keys that broadcast to [., ., head_dim], in fp64."""
-    return tl.sum(a.to(tl.float64) * b.to(tl.float64), 2) * (tl.cast(tl.cast(scale, tl.float32), tl.float64) * LOG2E)
+    return slot_products(a, b) * (tl.cast(tl.cast(scale, tl.float32), tl.float64) * LOG2E)
 
 
 @triton.jit
