@@ -280,6 +280,38 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_path(shards, saved, t
     assert losses(tmp_path / "run") == losses(saved)
 
 
+def test_any_error_of_the_writing_thread_is_a_failure_of_that_save_alone(shards, tmp_path, monkeypatch, capsys):
+    original = training.saver.first_difference
+
+    def difference(folder, checksums, **options):
+        if folder.name == "step-4":
+            raise ValueError("no such thing")
+        return original(folder, checksums, **options)
+
+    monkeypatch.setattr(training.saver, "first_difference", difference)
+    train(short(shards, tmp_path / "run", keep=None))
+    assert "step-4 could not be saved (ValueError: no such thing)" in capsys.readouterr().out
+    assert names(tmp_path / "run") == ["step-2", "step-6", "step-8"]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [("size_in_bytes", OSError(5, "Input/output error")), ("prune", ConfigError("step-2 is damaged"))],
+    ids=["size", "deletion"],
+)
+def test_what_fails_after_the_marker_is_a_warning(function, error, shards, saved, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(training.saver, function, fails)
+    train(short(shards, tmp_path / "run", keep=1))
+    printed = capsys.readouterr().out
+    assert printed.count("step-4 is saved, and old checkpoints of") == 1
+    assert str(error) in printed
+    assert names(tmp_path / "run") == names(saved)
+    assert losses(tmp_path / "run") == losses(saved)
+
+
 class Payload:
     """A pickle that makes a file when it is loaded."""
 
