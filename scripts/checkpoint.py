@@ -18,11 +18,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +58,18 @@ def main(arguments: list[str] | None = None) -> int:
     fewer.add_argument("--keep", type=int, required=True, help="newest checkpoints that stay, permanent ones apart")
     options = parser.parse_args(arguments)
     try:
+        if not options.path.is_dir():
+            raise ConfigError(
+                f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
+            )
         return globals()[f"{options.command}_"](options)
     except (ConfigError, UnsafeCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except dcp.api.CheckpointException as error:
+        cause = next(cause for cause, _ in error.failures.values())
+        reason = "a file of it holds something other than tensors" if isinstance(cause, UnpicklingError) else cause
+        print(f"error: {options.path} cannot be read ({reason}): use another checkpoint.", file=sys.stderr)
         return 2
 
 
@@ -86,6 +97,10 @@ def list_(options: argparse.Namespace) -> int:
 def verify_(options: argparse.Namespace) -> int:
     """Read every file of one checkpoint, or of all of a run."""
     marked = [path for path in checkpoint_folders(options.path) if (path / MARKER).exists()]
+    if not marked and not (options.path / MARKER).exists():
+        raise ConfigError(
+            f"{options.path} has no checkpoints: give a run directory, as in runs/NAME, or a checkpoint of it."
+        )
     damaged = 0
     for path in marked or [options.path]:
         try:
@@ -130,8 +145,12 @@ def copy_(options: argparse.Namespace) -> int:
     }
     metadata = {"step": str(state.step), "tokens": str(state.tokens), "config": json.dumps(state.config)}
     partial = options.file.with_name(f"{options.file.name}.partial")
-    save_file(chosen, partial, metadata)
-    partial.rename(options.file)
+    try:
+        save_file(chosen, partial, metadata)
+        partial.rename(options.file)
+    except (SafetensorError, OSError) as error:
+        partial.unlink(missing_ok=True)
+        raise ConfigError(f"{options.file} cannot be written ({error}): name a file where there is room.") from error
     print(f"{options.file}: {len(chosen)} tensors of step {state.step:,}, {options.file.stat().st_size / 1e6:,.1f} MB")
     return 0
 
@@ -140,6 +159,8 @@ def prune_(options: argparse.Namespace) -> int:
     """Delete old checkpoints, once the newest one was verified, while no run is going on there."""
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep} cannot be used: keep at least 1.")
+    if not checkpoint_folders(options.path):
+        raise ConfigError(f"{options.path} has no checkpoints: give a run directory, as in runs/NAME.")
     with run_lock(newest(options.path).parents[1]):
         verify(newest(options.path))
         deleted = prune(options.path, options.keep)
