@@ -17,6 +17,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -149,7 +150,8 @@ def copy_(options: argparse.Namespace) -> int:
         save_file(chosen, partial, metadata)
         partial.rename(options.file)
     except (SafetensorError, OSError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise ConfigError(f"{options.file} cannot be written ({error}): name a file where there is room.") from error
     print(f"{options.file}: {len(chosen)} tensors of step {state.step:,}, {options.file.stat().st_size / 1e6:,.1f} MB")
     return 0
