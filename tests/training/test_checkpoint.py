@@ -77,6 +77,12 @@ def flip(path):
         file.write(bytes([byte[0] ^ 1]))
 
 
+def edit_state(path, **values):
+    content = json.loads((path / MARKER).read_text())
+    content["state"] |= values
+    (path / MARKER).write_text(json.dumps(content))
+
+
 DAMAGE = {
     "flipped byte": lambda path: flip(max(path.glob("*.distcp"), key=os.path.getsize)),
     "truncated file": lambda path: os.truncate(next(path.glob("*.distcp")), 100),
@@ -85,6 +91,7 @@ DAMAGE = {
     "marker without files": lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER],
     "marker that is no JSON": lambda path: (path / MARKER).write_text("{"),
     "marker that is something else": lambda path: (path / MARKER).write_text('{"state": 3}'),
+    "marker with a word for a number": lambda path: edit_state(path, step="8"),
 }
 
 
@@ -364,13 +371,21 @@ def crafted_tensors(path, target):
     (path / METADATA).write_bytes(pickle.dumps(metadata))
 
 
+def crafted_shapes(path, target):
+    """No code, but tensors that the model does not have."""
+    metadata = read_metadata(path)
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = torch.Size([10**9])
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
 def crafted_path(path, target):
     metadata = read_metadata(path)
     next(iter(metadata.storage_data.values())).relative_path = "../../../etc/passwd"
     (path / METADATA).write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_path])
+@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_shapes, crafted_path])
 def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
     path = Path(run.run.dir) / "checkpoints" / "step-6"
     shutil.rmtree(path.with_name("step-8"))
@@ -381,7 +396,17 @@ def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(os.system)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps({"a": 1}),
+        pickle.dumps(os.system),
+        b"\x80\x02X\x01\0\0\0\x80.",
+        b"\x80\x02\x82\x01.",
+    ],
+)
 def test_metadata_that_is_something_else_is_refused(content, tmp_path):
     (tmp_path / METADATA).write_bytes(content)
     with pytest.raises(UnsafeCheckpointError):
