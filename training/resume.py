@@ -55,6 +55,7 @@ MAY_CHANGE_IF_ALLOWED = (
     "training.steps",
     "model.z_loss",
 )
+CHANGEABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in MAY_CHANGE_IF_ALLOWED)
 DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a mixture
 
 ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
@@ -67,6 +68,11 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     are then verified, and what is damaged is set aside, with a sentence for each on standard error.
     """
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    for key in config.checkpoint.allow_changes:  # a word that was mistyped would allow nothing, and say nothing
+        if not key.startswith((DATA, *MAY_CHANGE_IF_ALLOWED)) and key not in flatten(resolved(config)):
+            raise ConfigError(
+                f"checkpoint.allow_changes=[{key}] names no key: name {DATA}, {CHANGEABLE}, or leave it out."
+            )
     if resume == "never" and earlier_starts(run_dir):
         resume = "auto"  # a launcher repeats the command that began this run
     if resume == "never":
