@@ -182,7 +182,10 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and content of every tensor of a checkpoint, one at a time."""
     entries = read_metadata(path).state_dict_metadata
     for name in sorted(entries):
-        tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)  # type: ignore[union-attr]
+        try:
+            tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)  # type: ignore[union-attr]
+        except RuntimeError as error:  # a size that is none, or that no memory holds
+            raise UnsafeCheckpointError(f"{path} cannot be read: {name} is no tensor ({error}).") from error
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant
             dcp.load({name: tensor}, storage_reader=SafeReader(path), no_dist=True)

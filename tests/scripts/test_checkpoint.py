@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from scripts.checkpoint import main, tensors
 from tests.shards import tiny_config
 from tests.training.test_checkpoint import crafted_tensors, resealed
 from training.checkpoint import MARKER, find_checkpoints
+from training.storage import METADATA, read_metadata
 from training.trainer import train
 
 
@@ -127,3 +129,14 @@ def test_crafted_tensors_are_refused_in_one_sentence(run_dir, tmp_path, capsys):
         assert main([command[0], str(path), *command[1:]]) == 2
         assert f"error: {path} cannot be read (a file of it holds something other" in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_crafted_size_is_one_sentence(run_dir, capsys):
+    path = run_dir / "checkpoints" / "step-6"
+    metadata = read_metadata(path)
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = torch.Size([10**16])
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+    resealed(path)
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} cannot be read: ")
