@@ -31,11 +31,11 @@ from typing import Any
 
 import numpy as np
 
+from data.host_lock import host_lock
 from data.shards import (
     DataError,
     TokenStream,
     check_sequence_length,
-    host_lock,
     partial_path,
     sha256_of,
     write_atomically,

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,48 +29,35 @@ from typing import Any, cast
 from data.duplicates import HashPart, find_repeats, repeats_path
 from data.filters import Duplicate, build_filters
 from data.progress import progress_bar
-from data.readers import Broken
 from data.shards import (
     DTYPES,
     MANIFEST_NAME,
-    TOKENIZER_NAME,
     DataError,
     Manifest,
     ShardFile,
+    counted,
     dtype_for,
     parse_manifest,
     read_manifest,
     verify_checksums,
-    write_atomically,
     write_manifest,
 )
 from data.sources import Part, Source, Split, TokenFile
-from data.tokenize import TRAINING_BYTES, TextTokenizer, first_texts, load_tokenizer, train_tokenizer
+from data.tokenize import TextTokenizer, load_tokenizer
 from data.tokenized_parts import ON_ERROR, TokenizePart, undamaged, writing
+from data.tokenizer_choice import (
+    TokenizerRequest,
+    check_fits,
+    check_same_tokenizer,
+    has_tokenizer,
+    trained_tokenizer,
+    write_tokenizer,
+)
 from data.workers import Job, run_jobs
 
-TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
 SMALL = 10_000_000  # bytes of the source that one process prepares about as fast as several are started
 DUPLICATES_NAME = "duplicates"  # folder inside a split while its duplicates are looked for
 SPLITS = ("train", "validation/*", "*/train", "*/validation/*")  # where splits lie below an output
-
-
-@dataclass
-class TokenizerRequest:
-    """Which tokenizer the user asked for."""
-
-    spec: str  # path, hub id, or "train"
-    vocab_size: int  # of a trained one
-    eos_token: str | None = None  # null: found in the tokenizer
-    model_vocab_size: int | None = None  # ids that the model has: a tokenizer with more is refused
-
-    def __post_init__(self) -> None:
-        if self.trained and self.eos_token is not None:
-            raise DataError(f"eos_token={self.eos_token} cannot be used with tokenizer=train, which brings its own.")
-
-    @property
-    def trained(self) -> bool:
-        return self.spec == TRAIN_TOKENIZER
 
 
 @dataclass
@@ -153,8 +140,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     source.check_output(output)
     splits = source.splits()
     tokenizer = None if request.trained else load_tokenizer(request.spec, request.eos_token)
-    if tokenizer is not None:
-        _check_fits(tokenizer, request, options)
+    check_fits(request.vocab_size if tokenizer is None else tokenizer.vocab_size, request, options.dtype)
     settings = {split.name: _settings(split, request, tokenizer, options) for split in splits}
     finished = _finished(output, settings)
     for name in finished:
@@ -162,14 +148,17 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
         finished[name] = verify_checksums(output / name)
         _remove_duplicates(output / name)
     unfinished = [split for split in splits if split.name not in finished]
-    if unfinished or not _has_tokenizer(output, finished):
+    if unfinished or not has_tokenizer(output, finished):
         if tokenizer is None:
-            tokenizer = _trained(splits, request, options, output)
-            _check_fits(tokenizer, request, options)
-        _check_same_tokenizer(tokenizer, finished, output)
+            if options.tasks > 1:
+                raise DataError(
+                    "tokenizer=train cannot be shared out to tasks: train it by a command without tasks first."
+                )
+            tokenizer = trained_tokenizer(splits, request, options.on_error)
+        check_same_tokenizer(tokenizer, finished, output)
         if options.tasks == 1:  # tasks would write it all at once; the command that ends the preparation does
             with writing(output):
-                _write_tokenizer(tokenizer, splits, output)
+                write_tokenizer(tokenizer, splits, output)
     if unfinished:
         assert tokenizer is not None
         planned = [_plan(split, output, settings[split.name], tokenizer, options) for split in unfinished]
@@ -189,8 +178,8 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
 def summary(manifest: Manifest) -> str:
     """A token dataset in a few words, with what was left out of it and why."""
     lines = [
-        f"{manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes / 1e6:,.1f} MB of text "
-        f"({manifest.bytes_per_token:.2f} bytes a token)"
+        f"{counted(manifest.documents, 'document')}, {manifest.tokens:,} tokens, "
+        f"{manifest.bytes / 1e6:,.1f} MB of text ({manifest.bytes_per_token:.2f} bytes a token)"
     ]
     lines += [f"    left out: {count:,} ({reason})" for reason, count in manifest.filtered.items()]
     lines += [f"    skipped as broken: {count:,} ({kind})" for kind, count in manifest.broken.items()]
@@ -212,20 +201,6 @@ def _settings(
         "dtype": options.dtype,
         "filters": options.filters,
     }
-
-
-def _check_fits(tokenizer: TextTokenizer, request: TokenizerRequest, options: PrepareOptions) -> None:
-    size, limit = tokenizer.vocab_size, request.model_vocab_size
-    if limit is not None and size > limit:
-        raise DataError(
-            f"tokenizer={request.spec} has {size} ids, more than model_vocab_size={limit}: use a model with at least "
-            "that many, or another tokenizer."
-        )
-    if options.dtype is not None and size > 2 ** (8 * DTYPES[options.dtype].itemsize):
-        raise DataError(
-            f"tokenizer={request.spec} has {size} ids, which do not fit dtype={options.dtype}: use dtype=null or "
-            f"{dtype_for(size)}."
-        )
 
 
 def _finished(output: Path, settings: dict[str, dict[str, Any]]) -> dict[str, Manifest]:
@@ -264,54 +239,6 @@ def _check_same_settings(made: dict[str, Any], asked: dict[str, Any], what: str,
     raise DataError(f"output={output} holds {what} {difference}: {remedy}remove {output}, or choose another output.")
 
 
-def _has_tokenizer(output: Path, finished: dict[str, Manifest]) -> bool:
-    folders = {output / name.removesuffix("train").partition("validation/")[0] for name in finished}
-    files = [folder / TOKENIZER_NAME for folder in folders]
-    digests = {hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else None for file in files}
-    return digests == {manifest.tokenizer["sha256"] for manifest in finished.values()}
-
-
-def _write_tokenizer(tokenizer: TextTokenizer, splits: list[Split], output: Path) -> None:
-    """`tokenizer.json` beside the splits of every source; one that is there already is left alone."""
-    for split in splits:
-        if split.is_training:
-            path = output / split.name.removesuffix("train") / TOKENIZER_NAME
-            if not path.exists() or path.read_bytes() != tokenizer.content:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(path, tokenizer.content)
-
-
-def _check_same_tokenizer(tokenizer: TextTokenizer, finished: dict[str, Manifest], output: Path) -> None:
-    for name, manifest in finished.items():
-        if manifest.tokenizer["sha256"] != tokenizer.identity["sha256"]:
-            raise DataError(
-                f"output={output} holds a finished {name} made with a tokenizer that training gives no longer "
-                f"(the text or the tokenizers library changed): remove {output}, or choose another output."
-            )
-
-
-def _trained(splits: list[Split], request: TokenizerRequest, options: PrepareOptions, output: Path) -> TextTokenizer:
-    """A new tokenizer, trained on the first text of every training split."""
-    if options.tasks > 1:
-        raise DataError("tokenizer=train cannot be shared out to tasks: train it by a command without tasks first.")
-    print(f"training a tokenizer of {request.vocab_size:,} ids", flush=True)
-    training = [split for split in splits if split.is_training]
-    limit = TRAINING_BYTES // len(training)
-    texts = (text for split in training for text in first_texts(_texts(split, options.on_error), limit))
-    return train_tokenizer(texts, request.vocab_size)
-
-
-def _texts(split: Split, on_error: str) -> Iterator[str]:
-    for part in split.parts():
-        if isinstance(part, TokenFile):
-            raise DataError("tokenizer=train has no text in token files: name the tokenizer that made them.")
-        for item, _ in part.read():
-            if not isinstance(item, Broken):
-                yield item
-            elif on_error == "stop":
-                raise DataError(item.message)
-
-
 def _plan(
     split: Split, output: Path, settings: dict[str, Any], tokenizer: TextTokenizer, options: PrepareOptions
 ) -> _PlannedSplit:
@@ -327,7 +254,7 @@ def _plan(
             continue
         manifest, index = parse_manifest(path.read_bytes(), path), int(folder.name)
         _check_same_settings(manifest.preparation, plan.part_settings, f"a part of an unfinished {split.name}", output)
-        _check_same_tokenizer(tokenizer, {split.name: manifest}, output)
+        check_same_tokenizer(tokenizer, {split.name: manifest}, output)
         if index >= len(plan.parts) or manifest.preparation.get("part") != plan.parts[index].identity:
             changed += 1
         elif index % options.tasks == options.task and not undamaged(folder):
@@ -485,7 +412,10 @@ def _join(plan: _PlannedSplit, tokenizer: TextTokenizer, options: PrepareOptions
     )
     if not joined.tokens:
         left = "; ".join(f"{count:,} {reason}" for reason, count in (filtered + broken).items())
-        raise DataError(f"no document is left for {plan.folder}: {left or 'the source has no text'}.")
+        raise DataError(
+            f"no document is left for {plan.folder} ({left or 'the source has no text'}): look at the text that it is "
+            "made of, at source.text_field and at filters."
+        )
     for folder in plan.folder.glob("[0-9]*/"):  # left by an attempt that cut the source in more parts and finished none
         if int(folder.name) >= len(plan.parts):
             shutil.rmtree(folder)

@@ -2,16 +2,18 @@
 
 In: pieces of files. Out: texts in the order of the file and, between them, a `Broken` for whatever is no document: what
 is wrong in which file and line. Whether to stop or to count it and go on is for the caller to decide. Memory holds one
-line, or one plain-text document, whatever the size of the file.
+line, or one plain-text document, whatever the size of the file; both have a limit.
 """
 
 from __future__ import annotations
 
 import io
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +23,8 @@ from data.shards import DataError
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 FORMATS = {".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet", ".txt": "text"}
 PLAIN_TEXT = ("file", "paragraph", "line")
-MAX_PLAIN_DOCUMENT = 64_000_000  # bytes of a plain-text document: one is held in memory
+MAX_DOCUMENT = 64_000_000  # bytes of a document: one is held in memory, in many times its size while it is encoded
+MAX_LINE = 256_000_000  # bytes of a line of a file, where escapes and other fields are longer than the text
 BUFFER = 2**16  # bytes taken from an archive at once; before damage, the text of about as many is lost with it
 PARQUET_ROWS = 256  # rows decoded at once
 
@@ -53,7 +56,7 @@ class Piece:
 
 def file_format(path: Path) -> tuple[str, str | None]:
     """Format (json, parquet, text) and compression (gzip, zstd, None), by the suffixes. `DataError` for others."""
-    suffixes = path.suffixes
+    suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression:
         suffixes = suffixes[:-1]
@@ -127,29 +130,68 @@ def read_piece(piece: Piece, text_field: str, plain_text: str) -> Iterator[Item]
 
 
 def _lines(piece: Piece, compression: str | None) -> Iterator[tuple[bytes | Broken, int]]:
-    """Lines that begin in the piece, with the bytes of the file (compressed ones if it is) that were read for them."""
+    """Lines that begin in the piece, with the bytes of the file (compressed ones if it is) that were read for them.
+
+    A byte order mark at the start of the file, which some editors write, is no part of its text.
+    """
+    lines = _marked_lines(piece, compression)
+    if piece.start == 0:
+        for line, position in lines:
+            line = line.removeprefix(BOM_UTF8) if isinstance(line, bytes) else line
+            if line:
+                yield line, position
+            break
+    yield from lines
+
+
+def _marked_lines(piece: Piece, compression: str | None) -> Iterator[tuple[bytes | Broken, int]]:
     if compression is None:
         with open(piece.path, "rb", buffering=2**20) as file:
             position = piece.start
             if piece.start:  # the line that stands across the cut belongs to the piece before
                 file.seek(piece.start - 1)
-                position += len(file.readline()) - 1
-            while (piece.stop is None or position < piece.stop) and (line := file.readline()):
+                position += _pass_line(file) - 1
+            count = 0
+            while (piece.stop is None or position < piece.stop) and (line := file.readline(MAX_LINE)):
                 position += len(line)
-                yield line, position - piece.start
+                count += 1
+                if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    position += _pass_line(file)
+                    yield _too_long(piece, _line_number(piece, count)), position - piece.start
+                else:
+                    yield line, position - piece.start
         return
     with pa.OSFile(piece.path) as raw:
         number = 0
         try:
             with pa.CompressedInputStream(raw, compression) as stream:
                 lines = io.BufferedReader(stream, BUFFER)
-                while line := lines.readline():
+                while line := lines.readline(MAX_LINE):
                     number += 1
-                    yield line, raw.tell()
+                    if len(line) == MAX_LINE and not line.endswith(b"\n"):
+                        _pass_line(lines)
+                        yield _too_long(piece, number), raw.tell()
+                    else:
+                        yield line, raw.tell()
         except (OSError, pa.ArrowException) as error:
             name = {"gzip": "gzip", "zstd": "Zstandard"}[compression]
             message = f"{piece.path}, after line {number}: the {name} file is cut short or damaged ({error})."
             yield Broken("damaged archive", message), piece.size
+
+
+def _pass_line(file: BinaryIO | io.BufferedReader) -> int:
+    """Read to the end of the line, and keep nothing of it. Returns its bytes."""
+    size = 0
+    while part := file.readline(BUFFER):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
+
+
+def _too_long(piece: Piece, number: int) -> Broken:
+    remedy = "write a document a line, and cut long ones."
+    return Broken("too large", f"{piece.path}, line {number}: over {MAX_LINE // 10**6} MB long: {remedy}")
 
 
 def _line_number(piece: Piece, count: int) -> int:
@@ -190,11 +232,14 @@ def _text_of(line: bytes, field: str) -> str | Broken:
 def _checked(text: object, field: str) -> str | Broken:
     if not isinstance(text, str):
         return Broken("no text", f"no string field `{field}`: choose another with source.text_field.")
+    size = len(text)
     if not text.isascii():
         try:
-            text.encode()
+            size = len(text.encode())
         except UnicodeEncodeError as error:  # JSON can write half of a surrogate pair, UTF-8 cannot
             return Broken("not UTF-8", f"`{field}` is not valid Unicode ({error.reason}).")
+    if size > MAX_DOCUMENT:
+        return Broken("too large", f"a document of over {MAX_DOCUMENT // 10**6} MB: cut it.")
     return text
 
 
@@ -227,9 +272,9 @@ def _plain(piece: Piece, compression: str | None, plain_text: str) -> Iterator[I
             first = number
         lines.append(line)
         size += len(line)
-        if size > MAX_PLAIN_DOCUMENT:
+        if size > MAX_DOCUMENT:
             remedy = "use source.plain_text=paragraph or line" if plain_text == "file" else "cut it"
-            message = f"{piece.path}, line {first}: a document of over {MAX_PLAIN_DOCUMENT // 10**6} MB: {remedy}."
+            message = f"{piece.path}, line {first}: a document of over {MAX_DOCUMENT // 10**6} MB: {remedy}."
             yield Broken("too large", message), piece.size
             return
     if lines and not b"".join(lines).isspace():

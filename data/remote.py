@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.host_lock import host_lock
 from data.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     DataError,
     Manifest,
     ShardFile,
-    host_lock,
+    counted,
     parse_manifest,
     partial_path,
     write_atomically,
@@ -129,7 +130,7 @@ class _Remote:
                     missing.append((folder, file))
         if missing:
             size = sum(file.bytes for _, file in missing)
-            say(f"copying {len(missing)} files ({size / 1e9:,.2f} GB) of {self.address} to {target}")
+            say(f"copying {counted(len(missing), 'file')} ({size / 1e9:,.2f} GB) of {self.address} to {target}")
         with ThreadPoolExecutor(CONNECTIONS) as threads:
             for _ in threads.map(lambda entry: self._copy_file(entry[0], entry[1], target), missing):
                 pass

@@ -11,26 +11,24 @@ A token dataset is a folder with
 and a *shards directory* (`data.path` of a run) holds `train/` and `validation/DOMAIN/`, each such a folder, with the
 tokenizer as `tokenizer.json` beside them. `train/` is finished after all others, so its manifest ends the preparation.
 
-In: ids from `data.tokenize`. Out: `ShardWriter` writes a folder, `TokenStream` reads it, `TokenDataset` cuts it into
-instances.
+In: such folders, which `data.shard_writer` writes. Out: `TokenStream` reads one, `TokenDataset` cuts it into instances.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from data.host_lock import host_lock
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -89,6 +87,11 @@ class Manifest:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
+def counted(number: int, thing: str) -> str:
+    """`3 files`, `1 file`."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
 def dtype_for(vocab_size: int) -> str:
     """The narrowest type name that holds every id below `vocab_size`."""
     return "uint16" if vocab_size <= 2**16 else "uint32"
@@ -122,14 +125,16 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
             raise DataError(
                 f"{path} has format version {version}, this code reads {FORMAT_VERSION}: prepare the data again."
             )
-        known = {f.name for f in fields(Manifest)}
-        manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
-        manifest.files = [ShardFile(**file) for file in raw["files"]]
-        itemsize = DTYPES[manifest.dtype].itemsize
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, AttributeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({error}): remove {folder} and prepare it again.") from error
+    if wrong := _wrong_value(raw):
+        raise DataError(f"{path} is damaged ({wrong}): remove {folder} and prepare it again.")
+    known = {f.name for f in fields(Manifest)}
+    manifest = Manifest(**{key: value for key, value in raw.items() if key in known})
+    manifest.files = [ShardFile(*(file[f.name] for f in fields(ShardFile))) for file in raw["files"]]
+    itemsize = DTYPES[manifest.dtype].itemsize
     if sum(file.tokens for file in manifest.files) != manifest.tokens:
         raise DataError(f"{path} is damaged (the files' tokens do not add up): remove {folder} and prepare it again.")
     for file in manifest.files:
@@ -139,6 +144,50 @@ def parse_manifest(content: bytes, path: str | Path) -> Manifest:
                 f"remove {folder} and prepare it again."
             )
     return manifest
+
+
+def _is_count(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_inside(name: object) -> bool:
+    """Whether `name` is that of a file below the folder of its manifest, and not of one elsewhere."""
+    return isinstance(name, str) and bool(name) and not name.startswith("/") and ".." not in name.split("/")
+
+
+def _wrong_value(raw: dict[str, Any]) -> str | None:
+    """The first value of a manifest that is not what its field holds, in words; None when all are."""
+    counts = {"vocab_size": 1, "eos_id": 0, "documents": 0, "tokens": 0, "bytes": 0}
+    for key, least in counts.items():
+        if not _is_count(value := raw.get(key), least):
+            return f"{key} is {json.dumps(value)}, not an integer of at least {least}"
+    if raw.get("dtype") not in list(DTYPES):
+        return f"dtype is {json.dumps(raw.get('dtype'))}, not {' or '.join(DTYPES)}"
+    if raw["eos_id"] >= raw["vocab_size"]:
+        return f"eos_id is {raw['eos_id']}, not below vocab_size {raw['vocab_size']}"
+    tokenizer = raw.get("tokenizer")
+    if not isinstance(tokenizer, dict) or not all(isinstance(tokenizer.get(key), str) for key in ("name", "sha256")):
+        return f"tokenizer is {json.dumps(tokenizer)}, not the strings name and sha256"
+    if not isinstance(settings := raw.get("preparation", {}), dict):
+        return f"preparation is {json.dumps(settings)}, not settings by name"
+    for key in ("filtered", "broken"):
+        if not isinstance(value := raw.get(key, {}), dict) or not all(map(_is_count, value.values())):
+            return f"{key} is {json.dumps(value)}, not counts by name"
+    files = raw.get("files")
+    if not isinstance(files, list):
+        return f"files is {json.dumps(files)}, not a list"
+    wanted: dict[str, tuple[Callable[[object], bool], str]] = {
+        "name": (_is_inside, "the name of a file below the folder"),
+        "tokens": (_is_count, "an integer of at least 0"),
+        "bytes": (_is_count, "an integer of at least 0"),
+        "sha256": (lambda value: isinstance(value, str), "a string"),
+    }
+    for number, file in enumerate(files):
+        for key, (right, what) in wanted.items():
+            value = file.get(key) if isinstance(file, dict) else None
+            if not right(value):
+                return f"{key} of files[{number}] is {json.dumps(value)}, not {what}"
+    return None
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -208,22 +257,6 @@ def file_state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-@contextmanager
-def host_lock(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """One process of this host and user at a time works on `folder`, which need not exist or be writable.
-
-    `waiting` is called when another one does.
-    """
-    name = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:16]
-    with open(Path(tempfile.gettempdir()) / f"moda-{os.getuid()}-{name}.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def sha256_of(path: Path) -> str:
     """Hex digest of a whole file."""
     with open(path, "rb") as stream:
@@ -270,119 +303,6 @@ def validation_domains(shards_dir: str | Path) -> list[str]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Declare `folder` finished."""
     write_atomically(folder / MANIFEST_NAME, (json.dumps(asdict(manifest), indent=1) + "\n").encode())
-
-
-class ShardWriter:
-    """Writes one token dataset: a context manager that takes documents in order and ends with `finish`.
-
-    Whatever an interrupted attempt left in `folder` is removed first, its manifest before all else. Leaving the context
-    without `finish` leaves a folder without a manifest, which no reader accepts.
-    """
-
-    def __init__(
-        self, folder: Path, *, vocab_size: int, eos_id: int, tokens_per_file: int, dtype: str | None = None
-    ) -> None:
-        self.folder = folder
-        self.dtype_name = dtype or dtype_for(vocab_size)
-        self.vocab_size = vocab_size
-        self.eos_id = eos_id
-        self.tokens_per_file = tokens_per_file
-        self.documents = 0
-        self.tokens = 0
-        self.text_bytes = 0
-        self._files: list[ShardFile] = []
-        self._stream: BinaryIO | None = None
-        self._digest = hashlib.sha256()
-        self._tokens_in_file = 0
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST_NAME).unlink(missing_ok=True)
-        for old in [*folder.glob("*.bin"), *folder.glob("*.partial")]:
-            old.unlink()
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._stream is not None:
-            self._stream.close()
-
-    def write(self, documents: Iterable[list[int] | np.ndarray], text_bytes: int) -> None:
-        """Append documents (ids without EOS) whose texts have `text_bytes` UTF-8 bytes together; EOS is added here.
-
-        A file is closed after the document that fills it, so each but the last holds `tokens_per_file` ids or more.
-        """
-        for ids in documents:
-            chunk = np.empty(len(ids) + 1, dtype=DTYPES[self.dtype_name])
-            chunk[:-1] = ids
-            chunk[-1] = self.eos_id
-            self._append(chunk)
-            self.documents += 1
-        self.text_bytes += text_bytes
-
-    def adopt(self, file: ShardFile, documents: int, text_bytes: int) -> None:
-        """Count a finished file, which lies in the folder by its name already, as the next one."""
-        self._files.append(file)
-        self.documents += documents
-        self.tokens += file.tokens
-        self.text_bytes += text_bytes
-
-    def _append(self, chunk: np.ndarray) -> None:
-        if self._stream is None:
-            self._stream = open(self.folder / f"{len(self._files):05d}.bin", "wb")  # noqa: SIM115 (closed in __exit__)
-        content = chunk.tobytes()
-        self._stream.write(content)
-        self._digest.update(content)
-        self._tokens_in_file += len(chunk)
-        self.tokens += len(chunk)
-        if self._tokens_in_file >= self.tokens_per_file:
-            self._close_file()
-
-    def _close_file(self) -> None:
-        assert self._stream is not None
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
-        name = Path(self._stream.name).name
-        size = self._tokens_in_file * DTYPES[self.dtype_name].itemsize
-        self._files.append(ShardFile(name, self._tokens_in_file, size, self._digest.hexdigest()))
-        self._stream = None
-        self._digest = hashlib.sha256()
-        self._tokens_in_file = 0
-
-    def finish(
-        self,
-        *,
-        tokenizer: dict[str, str],
-        preparation: dict[str, Any],
-        filtered: dict[str, int] | None = None,
-        broken: dict[str, int] | None = None,
-        allow_empty: bool = False,
-    ) -> Manifest:
-        """Close the last file and write the manifest. Raises `DataError` when no document was written.
-
-        `allow_empty` is for a part of a dataset, of which filters may leave nothing.
-        """
-        if self._stream is not None:
-            self._close_file()
-        if not self.documents and not allow_empty:
-            raise DataError(f"no document was found for {self.folder}: the source has no text.")
-        manifest = Manifest(
-            dtype=self.dtype_name,
-            vocab_size=self.vocab_size,
-            tokenizer=tokenizer,
-            eos_id=self.eos_id,
-            documents=self.documents,
-            tokens=self.tokens,
-            bytes=self.text_bytes,
-            files=self._files,
-            preparation=preparation,
-            filtered=filtered or {},
-            broken=broken or {},
-        )
-        write_manifest(self.folder, manifest)
-        return manifest
 
 
 class TokenStream:

@@ -8,8 +8,10 @@ source alone, never on the machine: so the result does not either.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +27,18 @@ from data.shards import DataError
 TOKEN_SUFFIXES = (".npy", ".bin")
 TRAIN = "train"
 END_BYTES = 2**16  # of the head and of the tail of a file, which tell it from another of its name and size
+_MADE = (  # files of an output, as `data.prepare` and those who read it make them
+    "tokenizer.json",
+    "train/manifest.json",
+    "train/verified.json",
+    "train/00000/manifest.json",
+    "train/00000/skipped.txt",
+    "train/00000/00000.bin",
+    "train/duplicates/0123456789abcdef.npy",
+    "train/packing-4096/packing.json",
+    "validation/domain/manifest.json",
+    "validation/domain/00000/manifest.json",
+)
 _TRAINING = re.compile(r"(?<![a-z])train(ing)?(?![a-z])")  # words in the names of files
 _HELD_OUT = re.compile(r"(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
 
@@ -148,7 +162,19 @@ def _matching(path: str, key: str, known: Callable[[Path], bool], suffixes: Iter
     """Files of a folder that are `known` by their names, or all files that a path or a glob (with ** too) names."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return _alike(sorted(entry for entry in folder.iterdir() if known(entry) and _is_file(entry)), key)
+        found = sorted(entry for entry in folder.iterdir() if known(entry) and _is_file(entry))
+        others = set(folder.iterdir()).difference(found)
+        left = sorted(entry.name + "/" * entry.is_dir() for entry in others if not entry.name.startswith("."))
+        left = [name for name in left if name != "validation/"]
+        holds = f" ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})" if left else ""
+        if not found:
+            raise DataError(
+                f"{key}={path} holds no file of a known suffix{holds}: give a folder, file or glob of "
+                f"{', '.join(suffixes)}, with ** for those in subfolders."
+            )
+        if left:
+            print(f"{key}={path}: {len(left)} of other suffixes and subfolders are left out{holds}", flush=True)
+        return _alike(found, key)
     found = sorted(path for path in map(Path, glob.glob(str(folder), recursive=True)) if _is_file(path))
     if not found:
         raise DataError(f"{key}={path} is no folder and no file, and no file matches it: give a folder, file or glob.")
@@ -173,7 +199,8 @@ def _alike(paths: list[Path], key: str) -> list[Path]:
             f"{key}={paths[0].parent} holds {held_out[0].name} among files of training: name those of training with a "
             "glob, and a folder of the others as source.validation."
         )
-    suffixes = sorted({"".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix for path in paths})
+    names = [Path(path.name.lower()) for path in paths]
+    suffixes = sorted({"".join(name.suffixes[-2:]) if name.suffix in COMPRESSIONS else name.suffix for name in names})
     if len(suffixes) > 1:
         raise DataError(
             f"{key}={paths[0].parent} holds files of several kinds ({', '.join(suffixes)}): name those that you mean "
@@ -190,8 +217,6 @@ def _split_files(
     Validation domains are the files and subfolders of the folder `validation`, by default the one inside `path`.
     """
     train = _matching(path, "source.path", known, suffixes)
-    if not train:
-        raise DataError(f"source.path={path} holds no file of a known suffix: give a folder, file or glob of them.")
     found: dict[str, list[Path]] = {}
     folder = Path(validation if validation is not None else os.path.join(path, "validation")).expanduser()
     if validation is not None and not folder.is_dir():
@@ -206,10 +231,33 @@ def _split_files(
             raise DataError(
                 f"{folder} holds two domains named {name.split('/')[1]}: rename one, or put both in a folder."
             )
+        if files and name == "validation/mean":
+            raise DataError(f"{entry} cannot be a domain: validation/mean is the mean of all; rename it.")
         if files:
             found[name] = files
+    _check_held_out(path, train, {os.path.realpath(file) for files in found.values() for file in files})
     found[TRAIN] = train
     return [(name, found_files(files)) for name, files in found.items()]
+
+
+def _check_held_out(path: str, train: list[Path], validation: set[str]) -> None:
+    """Raise `DataError` when a file of `train` is one of `validation`, or in what would be the folder of it."""
+    folder = _literal_folder(Path(path).expanduser()) / "validation"
+    for file in train:
+        if os.path.realpath(file) in validation or (glob.has_magic(path) and file.is_relative_to(folder)):
+            raise DataError(
+                f"source.path={path} names {file}, which is validation text: name the files of training alone, and a "
+                "folder of the others as source.validation."
+            )
+
+
+def _literal_folder(path: Path) -> Path:
+    """The folder that a folder, file or glob is in, or is: as far down as its name has no wildcards."""
+    if not path.is_dir():
+        path = path.parent
+    while glob.has_magic(str(path)) and not path.is_dir():
+        path = path.parent
+    return path
 
 
 def check_apart(path: str, key: str, output: Path) -> None:
@@ -217,20 +265,46 @@ def check_apart(path: str, key: str, output: Path) -> None:
 
     Each takes `path` as a source does: a folder, a file or a glob.
     """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        folder = folder.parent
-    while glob.has_magic(str(folder)) and not folder.is_dir():
-        folder = folder.parent
+    folder = _literal_folder(Path(path).expanduser())
     if folder.resolve().is_relative_to(output.resolve()):
         raise DataError(
             f"output={output} holds the files of {key}={path}: choose another output, as {output / 'shards'}."
         )
 
 
+def _first_made(path: str, output: Path) -> str | None:
+    """What of a preparation in `output`, finished or not, the glob `path` would name when it is read again."""
+    pattern = Path(path).expanduser()
+    if not glob.has_magic(path) or pattern.is_dir():
+        return None
+    folder = _literal_folder(pattern)
+    inside = os.path.relpath(output.resolve(), folder.resolve())
+    if inside.split(os.sep)[0] == os.pardir:
+        return None
+    wanted = pattern.relative_to(folder).parts
+    made = (source + name for source in ("", "source/") for name in _MADE)  # of several sources each has a folder
+    return next((name for name in made if _names(wanted, (*Path(inside).parts, *Path(name).parts))), None)
+
+
+def _names(pattern: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a recursive glob names a path, both as their parts; as `glob`, it passes over names with a dot first."""
+    if not pattern or not parts:
+        return not parts and all(part == "**" for part in pattern)
+    hidden = parts[0].startswith(".") and not pattern[0].startswith(".")
+    if pattern[0] == "**":
+        return _names(pattern[1:], parts) or (not hidden and _names(pattern, parts[1:]))
+    return not hidden and fnmatch.fnmatchcase(parts[0], pattern[0]) and _names(pattern[1:], parts[1:])
+
+
 def _check_files_apart(path: str, validation: str | None, output: Path) -> None:
     """`check_apart` of a source of files; nor may `output` lie in its validation text, whose subfolders are read."""
     check_apart(path, "source.path", output)
+    made = _first_made(path, output)
+    if made is not None:
+        raise DataError(
+            f"output={output} will hold {made}, which source.path={path} then takes for text: choose another output, "
+            "or a glob that leaves it out."
+        )
     if validation is not None:
         check_apart(validation, "source.validation", output)
     held_out = Path(validation if validation is not None else os.path.join(path, "validation")).expanduser()
@@ -261,7 +335,7 @@ class Files:
         """Raises `DataError` when there is no training file or an option cannot be used."""
         if self.plain_text not in PLAIN_TEXT:
             raise DataError(f"source.plain_text={self.plain_text} is unknown: choose {', '.join(PLAIN_TEXT)}.")
-        if self.part_megabytes <= 0:
+        if not 0 < self.part_megabytes < math.inf:
             raise DataError(f"source.part_megabytes={self.part_megabytes} cannot be used: give a positive number.")
         return [
             self._split(*found)

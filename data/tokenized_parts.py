@@ -7,6 +7,7 @@ made again, and one with it is kept as long as its files have their checksums.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ import numpy as np
 
 from data.filters import build_filters
 from data.readers import Broken
-from data.shards import DTYPES, DataError, Manifest, ShardFile, ShardWriter, verify_checksums
+from data.shard_writer import ShardWriter
+from data.shards import DTYPES, DataError, Manifest, ShardFile, verify_checksums
 from data.sources import Part, TokenFile
 from data.token_files import count_documents
 from data.tokenize import TextTokenizer
@@ -28,6 +30,8 @@ SKIPPED_NAME = "skipped.txt"
 BATCH_CHARACTERS = 500_000  # text encoded at once by each thread: long enough to keep it busy, little memory
 BATCH_DOCUMENTS = 2048
 ON_ERROR = ("stop", "skip")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Report = Callable[[int, int], None]  # told how much of the source was read, and how many ids were made, since last time
 
@@ -40,8 +44,9 @@ def writing(folder: Path) -> Iterator[None]:
     except ConnectionError:  # of a report: the process that asked for the work is gone
         raise
     except OSError as error:
+        remedy = "make room" if error.errno in FULL else "choose another output, or make that one writable"
         raise DataError(
-            f"{error.filename or folder} cannot be written ({error.strerror or error}): make room, then give the same "
+            f"{error.filename or folder} cannot be written ({error.strerror or error}): {remedy}, then give the same "
             "command again, which keeps all finished parts."
         ) from error
 

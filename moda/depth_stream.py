@@ -60,11 +60,11 @@ class _Lease:
             )
         return self.keys, self.values
 
-    def readers_of_backward(self, num_layers: int, lse: Tensor) -> Readers:
+    def readers_of_backward(self, num_layers: int, lse: Tensor, sums: torch.dtype) -> Readers:
         """Those of the present backward pass, shaped for readers with such an lse; made at the first read."""
         task = torch._C._current_graph_task_id()
         if task not in self.readers:
-            self.readers[task] = Readers(num_layers, lse)
+            self.readers[task] = Readers(num_layers, lse, sums)
 
             def forget() -> None:
                 self.readers.pop(task, None)
@@ -400,7 +400,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
         rest = (k, v, out, lse, slots, ctx.scale, cu_seqlens)
         if slots:
-            readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, lse)
+            readers = ctx.lease.readers_of_backward(ctx.stream.num_layers, lse, reference.accumulation_dtype(q.dtype))
             kept = ctx.lease.apart(do), ctx.lease.apart(q)
             dq, dk, dv = ctx.operations.reader_backward(*kept, *rest, readers, ctx.layer)
             readers.ways[ctx.layer] = Way(ctx.scale, ctx.operations)

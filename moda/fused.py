@@ -45,7 +45,7 @@ def explain(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str:
 def joint_forward(
     q: Tensor, k: Tensor, v: Tensor, slots: Slots, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Output [batch, time, query_heads, head_dim] and lse [batch, time, query_heads] (fp32, a transposed view)."""
+    """Output [batch, time, query_heads, head_dim] and lse [batch, time, query_heads] (a transposed view)."""
     from moda.kernels import depth, fused
 
     o, lse = fused.joint_forward(q, k, v, slots[0] if slots else None, scale, cu_seqlens)
@@ -69,7 +69,7 @@ def joint_backward(
     from moda.kernels import depth, fused
 
     do = do.contiguous()
-    delta = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
     dq, dk, dv = fused.sequence_backward(do, q, k, v, out, lse, delta, scale, cu_seqlens)
     q = q.contiguous()
     gradients = []

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moda.backends import choose_backend
 from moda.first_order import first_order
-from moda.reference import Slots, accumulation_dtype
+from moda.reference import Slots
 
 
 @torch.library.custom_op("moda::attention", mutates_args=())
@@ -26,17 +26,18 @@ def attention(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Output [batch, time, query_heads, head_dim], contiguous, and lse [batch, time, query_heads] in the accumulation
-    dtype, in memory [batch, query_heads, time]."""
+    """Output [batch, time, query_heads, head_dim], contiguous, and lse [batch, time, query_heads] in memory
+    [batch, query_heads, time], in `_lse_dtype`."""
     operations = choose_backend(backend, q, k, cu_seqlens)
     out, lse = operations.joint_forward(q, k, v, _slots(depth_k, depth_v), scale, cu_seqlens)
-    return out.contiguous(), lse.transpose(1, 2).contiguous().transpose(1, 2)
+    lse = lse.to(_lse_dtype(q)).transpose(1, 2).contiguous().transpose(1, 2)
+    return out.contiguous(), lse
 
 
 @attention.register_fake
 def _(q, k, v, depth_k, depth_v, scale, cu_seqlens, backend):
     batch, time, query_heads, _ = q.shape
-    lse = q.new_empty(batch, query_heads, time, dtype=accumulation_dtype(q.dtype))
+    lse = q.new_empty(batch, query_heads, time, dtype=_lse_dtype(q))
     return q.new_empty(q.shape), lse.transpose(1, 2)
 
 
@@ -91,6 +92,11 @@ def _backward(ctx, do, _):
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    """fp32 for bf16 and fp16, else fp64: of fp32 inputs `fused` gives and takes more of lse than fp32 can hold."""
+    return torch.float32 if q.dtype.itemsize == 2 else torch.float64
 
 
 def _slots(depth_k: Tensor | None, depth_v: Tensor | None) -> Slots:

@@ -46,13 +46,14 @@ class Readers:
     """The finished readers of one backward pass.
 
     q and do stay where autograd has them; this holds on to them until the pass ends. `addresses` names their places to
-    kernels, written by the readers' own kernels. lse and delta are stacked over layers, in the accumulation dtype.
+    kernels, written by the readers' own kernels. lse and delta are stacked over layers; delta, and sums of gradients,
+    are in the accumulation dtype, lse in its own.
     """
 
-    def __init__(self, num_layers: int, lse: Tensor) -> None:
+    def __init__(self, num_layers: int, lse: Tensor, sums: torch.dtype = torch.float32) -> None:
         shape = (num_layers, *lse.shape)
         self.lse = torch.empty(shape, dtype=lse.dtype, device=lse.device)  # [layers, batch, time, query_heads]
-        self.delta = torch.empty_like(self.lse)
+        self.delta = torch.empty_like(self.lse, dtype=sums)
         self.addresses = torch.empty(num_layers, 2, dtype=torch.int64, device=lse.device)
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}  # layer: q, do [batch, time, query_heads, head_dim]
         self.ways: dict[int, Way] = {}
@@ -99,10 +100,10 @@ class Readers:
             slots = slice(first * slots_per_layer, (layer + 1) * slots_per_layer)
             common = self._common(first, layer, reads) if first < layer else []
             room = None
-            if common and spare is not None and keys.stride(0) * keys.itemsize % self.lse.itemsize == 0:
-                needed = (slots.stop - slots.start) * self.lse.dtype.itemsize // keys.dtype.itemsize
-                room = spare(slots.stop, slots.stop + needed, self.lse.dtype)
-            sums = self._sum(common, keys[slots], values[slots], None, self.lse.dtype, room)
+            if common and spare is not None and keys.stride(0) * keys.itemsize % self.delta.itemsize == 0:
+                needed = (slots.stop - slots.start) * self.delta.dtype.itemsize // keys.dtype.itemsize
+                room = spare(slots.stop, slots.stop + needed, self.delta.dtype)
+            sums = self._sum(common, keys[slots], values[slots], None, self.delta.dtype, room)
             self._partial = Partial(first, common, sums)
         start = layer * slots_per_layer
         taken = slice(start if all(s in written for s in range(start, slot)) else slot, slot + 1)
@@ -120,7 +121,7 @@ class Readers:
 
     def _first_of_block(self, layer: int, slots_per_layer: int, keys: Tensor) -> int:
         """The first layer of the block that ends with `layer`: of the largest whose sums fit above it."""
-        ratio = self.lse.dtype.itemsize // keys.dtype.itemsize
+        ratio = self.delta.dtype.itemsize // keys.dtype.itemsize
         above = len(keys) - (layer + 1) * slots_per_layer
         size = BLOCK_LAYERS
         while size > 1 and (layer % size + 1) * slots_per_layer * ratio > above:
@@ -151,7 +152,7 @@ class Readers:
             runs = [(range(last, last), self.ways[last])]  # of no reader: the partial sum, in the dtype asked for
         for index, (run, way) in enumerate(runs):
             ends = index == len(runs) - 1
-            wanted = (dtype, out) if ends else (self.lse.dtype, None)
+            wanted = (dtype, out) if ends else (self.delta.dtype, None)
             partial = way.operations.pull(self, run, k, v, way.scale, partial, *wanted)
         return partial
 

@@ -200,6 +200,7 @@ def joint_backward(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Slots]:
     """dq, dk, dv, and the gradients of each range of slots that this one reader gives."""
+    lse = lse.to(accumulation_dtype(q.dtype))
     dq, dk, dv, delta = _joint_backward(do, q, k, v, out, lse, slots, scale, cu_seqlens)
     return dq, dk, dv, [depth_backward_slots(do, q, *pair, lse, delta, scale) for pair in slots]
 
@@ -237,7 +238,7 @@ def pull(
 ) -> Gradients:
     """Gradients of slots k, v [slots, ...] from the readers of some layers, added to a partial sum; in `dtype`, and in
     the memory of `out` if it is given."""
-    total = partial or tuple(torch.zeros_like(x, dtype=readers.lse.dtype) for x in (k, v))
+    total = partial or tuple(torch.zeros_like(x, dtype=readers.delta.dtype) for x in (k, v))
     for layer in layers:
         q, do = readers.tensors[layer]
         read = depth_backward_slots(do, q, k, v, readers.lse[layer], readers.delta[layer], scale)

@@ -1,5 +1,5 @@
 """What checkpoints cost, and whether a killed run goes on: `python scripts/benchmark_checkpoints.py --data SHARDS
---out DIR [--gpus 2] [--every 100]`.
+--out DIR [--gpus 2] [--every 100] [--cost-only]`.
 
 In: token shards. First a run of train.py on all GPUs, `--every` steps without checkpoints and twice as many with one
 every `--every`: how long training waits for each, and its throughput against that without. Then a run of the same
@@ -7,6 +7,7 @@ configuration that is killed (SIGKILL of all ranks) and continued on each number
 other; its losses against those of the first run. Out: `checkpoints.json` and the logs in DIR, the result as Markdown.
 Checkpoints (three at most at a time) go to a temporary folder in `--scratch`, and are deleted.
 
+    --cost-only       without the run that is killed
     --from FILE       shows an earlier `checkpoints.json`
     --docs            writes the section of docs/benchmarks.md
     --set KEY=VALUE   an override of train.py for all runs
@@ -89,7 +90,6 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         "shape": f"`{options.model}`, {options.gpus} ranks × micro-batch {options.micro_batch} × {options.time} tokens,"
         f" {options.batch} instances a step",
         "every": options.every,
-        "skipped": [],
     }
     with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=options.scratch) as folder:
         whole = Runs(options, Path(folder) / "whole")
@@ -99,25 +99,31 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         undisturbed = read_metrics(whole.run_dir / "metrics.jsonl")
         results |= cost(undisturbed, output, options.every)
         shutil.rmtree(whole.run_dir)  # its checkpoints
-        broken = Runs(options, Path(folder) / "killed")
-        # More often, so that there is one soon; the interval changes no loss.
-        results |= broken.kill(options.gpus, f"checkpoint.every={AFTER}")
-        before = read_metrics(broken.run_dir / "metrics.jsonl")
-        results["apart_before"] = largest(undisturbed, before)
-        results["resumed"] = []
-        for ranks in options.resume_on:
-            if device == "cuda" and ranks > torch.cuda.device_count():
-                say(f"SKIPPED: a resume on {ranks} GPUs, as there are {torch.cuda.device_count()} here")
-                results["skipped"].append(ranks)
-                continue
-            step = read_marker(find_checkpoints(broken.run_dir)[-1]).state.step
-            last = min(step + AFTER, 3 * options.every)
-            broken.finish(ranks, f"checkpoint.every={options.every}", f"training.stop_at={last}")
-            records = [r for r in read_metrics(broken.run_dir / "metrics.jsonl") if r["step"] > step]
-            apart = largest(undisturbed, records)
-            results["resumed"].append({"ranks": ranks, "from": step, "to": last, "apart": apart})
-            say(f"resumed on {ranks}: losses of steps {step + 1} to {last} differ by {apart:.2e} at most")
+        if not options.cost_only:
+            results |= kill_and_resume(options, Path(folder) / "killed", undisturbed)
     write_atomically(options.out / "checkpoints.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def kill_and_resume(options: argparse.Namespace, run_dir: Path, undisturbed: list[Record]) -> dict[str, Any]:
+    """What is lost of a run that is killed, and how its losses go on from those of `undisturbed`."""
+    broken = Runs(options, run_dir)
+    # More often, so that there is one soon; the interval changes no loss.
+    results: dict[str, Any] = broken.kill(options.gpus, f"checkpoint.every={AFTER}")
+    before = read_metrics(broken.run_dir / "metrics.jsonl")
+    results |= {"apart_before": largest(undisturbed, before), "resumed": [], "skipped": []}
+    for ranks in options.resume_on:
+        if ranks > torch.cuda.device_count() > 0:
+            say(f"SKIPPED: a resume on {ranks} GPUs, as there are {torch.cuda.device_count()} here")
+            results["skipped"].append(ranks)
+            continue
+        step = read_marker(find_checkpoints(broken.run_dir)[-1]).state.step
+        last = min(step + AFTER, 3 * options.every)
+        broken.finish(ranks, f"checkpoint.every={options.every}", f"training.stop_at={last}")
+        records = [r for r in read_metrics(broken.run_dir / "metrics.jsonl") if r["step"] > step]
+        apart = largest(undisturbed, records)
+        results["resumed"].append({"ranks": ranks, "from": step, "to": last, "apart": apart})
+        say(f"resumed on {ranks}: losses of steps {step + 1} to {last} differ by {apart:.2e} at most")
     return results
 
 
@@ -238,26 +244,29 @@ def render(results: dict[str, Any]) -> str:
         f"{seconds(row['stall_seconds'])} | {seconds(row['write_seconds'])} |"
         for row in results["saved"]
     ]
-    every, lost = results["every"], results["lost"]
+    every = results["every"]
+    parts = [
+        f"    {results['command']}",
+        machine(results["environment"]),
+        f"{results['shape']}. Throughput with a checkpoint every {every} steps is {results['ratio']:.4f} of that "
+        f"without ({results['with_seconds']:.3f} s and {results['without_seconds']:.3f} s a step).",
+        "| checkpoint of step | size | training waited for the copy | next step longer by | write, checks |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows),
+    ]
+    if "killed_at" not in results:
+        return "\n\n".join(parts)
     resumed = [
         f"| {row['ranks']} | {row['from']} | {row['from'] + 1}–{row['to']} | {row['apart']:.1e} |"
         for row in results["resumed"]
     ]
     resumed += [f"| {ranks} | skipped: not so many GPUs here | | |" for ranks in results["skipped"]]
-    return "\n\n".join(
-        [
-            f"    {results['command']}",
-            machine(results["environment"]),
-            f"{results['shape']}. Throughput with a checkpoint every {every} steps is {results['ratio']:.4f} of that "
-            f"without ({results['with_seconds']:.3f} s and {results['without_seconds']:.3f} s a step).",
-            "| checkpoint of step | size | training waited for the copy | next step longer by | write, checks |\n"
-            "|---|---|---|---|---|\n" + "\n".join(rows),
-            f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {lost} steps were made again. Until "
-            f"then its losses and those of the undisturbed run differed by {results['apart_before']:.1e} at most.",
-            "| resumed on ranks | from step | steps compared | largest difference of the loss |\n|---|---|---|---|\n"
-            + "\n".join(resumed),
-        ]
-    )
+    parts += [
+        f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {results['lost']} steps were made again. "
+        f"Until then its losses and those of the undisturbed run differed by {results['apart_before']:.1e} at most.",
+        "| resumed on ranks | from step | steps compared | largest difference of the loss |\n|---|---|---|---|\n"
+        + "\n".join(resumed),
+    ]
+    return "\n\n".join(parts)
 
 
 def say(text: str) -> None:
@@ -294,6 +303,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--micro-batch", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16, help="instances of a step, on any number of ranks")
     parser.add_argument("--time", type=int, default=2048, help="tokens of an instance")
+    parser.add_argument("--cost-only", action="store_true", help="without the run that is killed")
     parser.add_argument("--set", action="append", default=[], help="an override of train.py for all runs")
     parser.add_argument("--from", dest="results", type=Path, help="show these results, measure nothing")
     parser.add_argument("--docs", action="store_true", help="write the section of docs/benchmarks.md")

@@ -36,9 +36,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.prepare import PrepareOptions, TokenizerRequest, prepare
+from data.prepare import PrepareOptions, prepare
 from data.readers import Piece, read_piece
 from data.sources import Files
+from data.tokenizer_choice import TokenizerRequest
 
 PREPARE = Path(__file__).resolve().with_name("prepare_data.py")
 CORES = len(os.sched_getaffinity(0))

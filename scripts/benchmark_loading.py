@@ -26,7 +26,8 @@ import torch
 from data.loader import BatchLoader
 from data.mixture import InstanceStream
 from data.packing import PackedDataset
-from data.shards import DataError, ShardWriter, TokenDataset
+from data.shard_writer import ShardWriter
+from data.shards import DataError, TokenDataset
 
 EOS = 0
 

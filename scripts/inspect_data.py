@@ -30,6 +30,7 @@ from data.shards import (
     TokenStream,
     check_shards_dir,
     check_tokenizer,
+    counted,
     read_manifest,
     validation_domains,
     verify_checksums,
@@ -108,9 +109,9 @@ class Inspection:
         for name in names:
             manifest = read_manifest(root / name)
             print(
-                f"  {name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of "
-                f"text ({manifest.bytes_per_token:.3f} a token) | {len(manifest.files)} files of {manifest.dtype} | "
-                f"fingerprint {manifest.fingerprint}"
+                f"  {name}: {counted(manifest.documents, 'document')}, {manifest.tokens:,} tokens, "
+                f"{manifest.bytes:,} bytes of text ({manifest.bytes_per_token:.3f} a token) | "
+                f"{counted(len(manifest.files), 'file')} of {manifest.dtype} | fingerprint {manifest.fingerprint}"
             )
             for what, counts in (("left out by filters", manifest.filtered), ("broken input", manifest.broken)):
                 if counts:

@@ -28,11 +28,13 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.host_lock import host_lock
 from data.interruption import Interrupted, interruptible
-from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
+from data.prepare import PrepareOptions, WaitingForTasks, prepare, summary
 from data.several_sources import SINGLE_SOURCES, SeveralSources
-from data.shards import DataError, host_lock
+from data.shards import DataError
 from data.sources import Source
+from data.tokenizer_choice import TokenizerRequest
 
 WAITING = 3  # exit status of a task that other tasks have to end before
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -70,6 +72,11 @@ def load_config(overrides: list[str]) -> DictConfig:
         _check_known([key for key in given if not key.startswith("source.")], root)
         what = "source is not set" if kind is None else f"source={kind} is not a source"
         raise DataError(f"{what}: choose source={', source='.join(SOURCES)}.")
+    if "filters" in given and not isinstance(given["filters"], list):
+        raise DataError(
+            f"filters={given['filters']} is no list: write it as "
+            "'filters=[{name: duplicate}, {name: length, min_characters: 200}]'; [] is none."
+        )
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         _check_known(list(given), list(_values(compose("prepare_data", [f"source={kind}"]))))
         config = compose("prepare_data", overrides)

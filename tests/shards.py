@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import ShardWriter
+from data.shard_writer import ShardWriter
 from models.config import ModelConfig
 from training.config import Config
 

@@ -1,11 +1,12 @@
 """Writing checkpoints while training goes on.
 
 In: the tensors of `training.checkpoint` and the state of a step. Out: a checkpoint, some seconds later. On a GPU `save`
-only begins to copy the tensors to host memory; the copy runs beside the next forward and backward and ends before the
-optimizer changes the weights (a hook of the optimizer waits for it). A thread of each rank then writes, over a process
-group of its own: files, checksums read back from disk, marker, deletion of old checkpoints. `dcp.async_save` ties
-copying and writing together, so that ranks wait in vain for one whose copy failed; here all agree on the copy first,
-and write from device memory at once, with the reason in the log, where host memory does not suffice.
+only begins to copy the tensors to host memory (`training.host_copy`), whose pages are locked beside the first steps;
+the copy runs beside the next forward and backward, and the optimizer's work on the device waits for its end. A thread
+of each rank then writes, over a process group of its own: files, checksums read back from disk, marker, deletion of old
+checkpoints. `dcp.async_save` ties copying and writing together, so that ranks wait in vain for one whose copy failed;
+here all agree on the copy first, and write from device memory at once, with the reason in the log, where host memory
+does not suffice.
 
 A save that fails (disk full, folder not writable) leaves what was saved before as it is; training goes on, and the next
 one is tried.
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from models.config import ConfigError
 from models.decoder import Decoder
@@ -40,6 +40,7 @@ from training.checkpoint import (
 )
 from training.config import CheckpointConfig
 from training.distributed import World
+from training.host_copy import HostCopy
 from training.skip import SpikeFilter
 from training.storage import ChecksummedWriter, first_difference
 from training.watchdog import UNWATCHED, Watch
@@ -71,15 +72,19 @@ class CheckpointSaver:
         self._world, self._say, self._watch = world, say, watch
         self._blocks = 0  # written or read back so far, all saves together
         self._stages = 0  # of `STAGES` that this rank's part of the save has come to
-        self._stager = _stager(world.device) if config.asynchronous else None
+        self._asynchronous = config.asynchronous
+        self._copy: HostCopy | None = None
+        self._prepared: Future[None] | None = None  # of `_copy`
         # Its collectives run in a thread, beside those of training.
         self._group = dist.new_group(backend="gloo")
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._staging: tuple[Any, dict[str, Any], TrainState, bool] | None = None
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="checkpoint", initializer=_use, initargs=(world.device,)
+        )
+        self._copying: tuple[HostCopy | Exception | None, dict[str, Any], TrainState, bool] | None = None
         self._writing: Future[str | None] | None = None
         self._writing_step = 0
         self._stalled = 0.0
-        optimizer.register_step_pre_hook(lambda *_: self.end_staging())
+        optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
     def is_due(self, step: int) -> bool:
         """Whether the configuration asks for a checkpoint of this step."""
@@ -97,50 +102,45 @@ class CheckpointSaver:
         state.permanent = permanent is not None and state.step // permanent > self.saved_step // permanent
         rank = self._world.rank
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
-        # Copied at once: the next step enters the window before the hook of the optimizer waits for the other copies.
-        # The stager gets what lives as long as the run: for a new tensor it would pin host memory anew in every save.
+        # Copied at once: the next step enters the window before its optimizer waits for the other copies.
         tensors["skip"] = {name: tensor.to("cpu", copy=True) for name, tensor in tensors["skip"].items()}
-        if state.device == "cuda":
-            torch.cuda.current_stream().synchronize()  # the copy runs on a stream of its own
-        copying: Any = None
-        if self._stager is not None:
+        copying: HostCopy | Exception | None = None
+        if self._asynchronous:
             try:
-                copying = self._stager.stage({part: tensors[part] for part in COPIED})
+                copying = self._host_copy(tensors)
+                copying.begin({part: tensors[part] for part in COPIED})
             except Exception as error:  # whatever it is: a checkpoint can be written without a copy
-                copying = error
-        self._staging = (copying, tensors, state, delete_old)
+                copying = error.with_traceback(None)  # whose frames would keep all of this alive
+        self._copying = (copying, tensors, state, delete_old)
         self._stalled = time.perf_counter() - begin
-        if self._stager is None or state.device != "cuda":
-            self.end_staging()  # the copy is done, or there is none
+        if not self._asynchronous or state.device != "cuda":
+            self.end_copy()  # it is done, or there is none
 
-    def end_staging(self) -> None:
-        """Wait for the copy, if one runs, and hand it to the writing thread. The weights may change after this."""
-        if self._staging is None:
+    def end_copy(self) -> None:
+        """Let the writing thread begin; what is queued on the device after this may change the weights."""
+        if self._copying is None:
             return
-        (copied, tensors, state, delete_old), self._staging = self._staging, None
+        (copying, tensors, state, delete_old), self._copying = self._copying, None
         begin = time.perf_counter()
-        if isinstance(copied, Future):
-            try:
-                copied = copied.result()
-            except Exception as error:  # likewise
-                copied = error
-        if self._world.any(isinstance(copied, Exception)):
-            reason = copied if isinstance(copied, Exception) else "on another rank"
+        if self._world.any(isinstance(copying, Exception)):
+            reason = copying if isinstance(copying, Exception) else "on another rank"
             self._say(f"checkpoints are written while training waits: no copy in host memory ({_one_line(reason)})")
-            self.close_stager()
-            copied = None
-        synchronous = copied is None
-        if not synchronous:
-            tensors |= copied
+            self._asynchronous = False
+            self._free_copy()
+            copying = None
         self._writing_step, self._stages = state.step, 0
-        stalled = None if synchronous else self._stalled + time.perf_counter() - begin
-        self._writing = self._thread.submit(self._write, tensors, state, delete_old, stalled)
-        if synchronous:
+        if isinstance(copying, HostCopy):
+            copying.hold()
+            self._stalled += time.perf_counter() - begin
+            kept = tensors | copying.tensors
+            self._writing = self._thread.submit(self._write, kept, state, delete_old, copying, self._stalled)
+        else:
+            self._writing = self._thread.submit(self._write, tensors, state, delete_old)
             self.wait()
 
     def wait(self) -> bool:
         """Wait until the save that runs is done. Returns whether the last one succeeded, the same on all ranks."""
-        self.end_staging()
+        self.end_copy()
         if self._writing is None:
             return self.failure is None
         writing, self._writing = self._writing, None
@@ -150,18 +150,35 @@ class CheckpointSaver:
             self.saved_step = self._writing_step
         return self.failure is None
 
-    def close_stager(self) -> None:
-        """Free the host memory of copies; later saves make training wait."""
-        if self._stager is not None:
-            self._stager.close()
-            self._stager = None
-
     def close(self) -> None:
         """End the writing thread, after what it does; never raises for a save that failed."""
         if self._writing is not None:
             self._await(self._writing)
         self._thread.shutdown(wait=True)
-        self.close_stager()
+        self._free_copy()
+
+    def _before_step(self) -> None:
+        """Just before the optimizer's step. At the first one memory for copies is taken: no save waits for it then."""
+        self.end_copy()
+        if self._asynchronous and self._copy is None and self._world.device.type == "cuda":
+            self._prepare(checkpoint_tensors(*self._parts, range(0), "cuda"))
+
+    def _prepare(self, tensors: dict[str, Any]) -> HostCopy:
+        self._copy = HostCopy({part: tensors[part] for part in COPIED}, self._world.device)
+        self._prepared = self._thread.submit(self._copy.prepare)
+        return self._copy
+
+    def _host_copy(self, tensors: dict[str, Any]) -> HostCopy:
+        """Memory that is ready for a copy. Raises what its preparation raised."""
+        copying = self._copy or self._prepare(tensors)
+        assert self._prepared is not None
+        self._prepared.result()
+        return copying
+
+    def _free_copy(self) -> None:
+        if self._copy is not None:
+            self._copy.close()
+            self._copy = None
 
     def _await(self, writing: Future[str | None]) -> None:
         """Wait for the writing thread. What it gets done is progress of the main thread only now, while that waits.
@@ -189,8 +206,20 @@ class CheckpointSaver:
         self._stage_done()
         return None if name is None else f"{path / name} reads back as something else"
 
-    def _write(self, tensors: dict[str, Any], state: TrainState, delete_old: bool, stalled: float | None) -> str | None:
-        """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks."""
+    def _write(
+        self,
+        tensors: dict[str, Any],
+        state: TrainState,
+        delete_old: bool,
+        copying: HostCopy | None = None,
+        stalled: float = 0.0,
+    ) -> str | None:
+        """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks.
+
+        Training has waited `stalled` seconds for `copying` so far; without a copy it waits for all of this.
+        """
+        if copying is not None:
+            stalled += copying.finish()
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
         failure = self._together(lambda: _clear(path) if main else None)
@@ -215,7 +244,7 @@ class CheckpointSaver:
             _discard(path)
             return failure
         seconds = time.perf_counter() - begin
-        waited = "training waited" if stalled is None else f"training waited {stalled:.2f} s"
+        waited = "training waited" if copying is None else f"training waited {stalled:.2f} s"
         try:  # the checkpoint is whole from here on, whatever else goes wrong
             self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
             if delete_old:
@@ -242,14 +271,10 @@ class CheckpointSaver:
         return next((failure for failure, _ in results if failure is not None), None)
 
 
-def _stager(device: torch.device) -> DefaultStager:
-    """Pinned buffers, kept from save to save, filled beside training; plain copies on a CPU."""
-    cuda = device.type == "cuda"
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=cuda, use_non_blocking_copy=cuda
-        )
-    )
+def _use(device: torch.device) -> None:
+    """In the writing thread: without this it would open the first GPU of the host on every rank."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _clear(path: Path) -> None:

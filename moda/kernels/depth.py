@@ -4,10 +4,11 @@ Registered operators that write to their arguments: no autograd, no allocation. 
 names in `moda.reference` do. Shapes are fixed by the callers, so that what does not fit is an assertion.
 
 Layout. Tokens are contiguous [batch, time, heads, head_dim]; slots are slices of buffers [slots, batch, time, heads,
-head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] with any strides, so that a
-sequence kernel's own buffer serves, transposed, in place. delta and what readers leave of lse are fp32 and contiguous
-in a token. Readers' queries and gradients are found by their addresses, on the device. dtypes: bf16, fp16, fp32, one
-for all but statistics; sums run in fp32 registers in a fixed order, so that the same inputs give the same bits.
+head_dim] whose first axis may have any stride. lse is fp32, or of fp32 inputs also fp64, [batch, time, query_heads]
+with any strides, so that a sequence kernel's own buffer serves, transposed, in place. delta (fp32) and what readers
+leave of lse are contiguous in a token. Readers' queries and gradients are found by their addresses, on the device.
+dtypes: bf16, fp16, fp32, one for all but statistics; sums run in fp32 registers in a fixed order, so that the same
+inputs give the same bits.
 
 A configuration is looked up, never measured (`configuration`); the kernels are in `depth_query` and `depth_slots`.
 """
@@ -97,6 +98,11 @@ FULL["slots"] = FULL["block"] = [
     (4, 128, Configuration(0, 4, 4, 1)),
     (MAX_GROUP, 128, Configuration(1, 16, 4, 1)),
 ]
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the fused kernels store lse in, for inputs of a dtype; see `moda.kernels.precision`."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
 
 def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) -> Configuration:
@@ -205,7 +211,8 @@ def depth_backward_query(
     rows, group = _check(q, keys, values, lse, do, *_given(o))
     slots, _, time, kv_heads, head_dim = keys.shape
     _check_tokens(_given(dq), q.shape, (q.dtype, torch.float32), q.device)
-    _check_tokens(_given(delta, reader_lse), lse.shape, (torch.float32,), q.device)
+    _check_tokens(_given(delta), lse.shape, (torch.float32,), q.device)
+    _check_tokens(_given(reader_lse), lse.shape, (lse.dtype,), q.device)
     _check_stacked(_given(dk, dv), keys.shape, (q.dtype, torch.float32), q.device)
     assert (address is None) == (reader_lse is None)
     if address is not None:
@@ -283,7 +290,9 @@ def depth_backward_slots(
     _check_addresses(addresses, k.device)
     assert addresses.shape[0] == readers
     _check_stacked([k, v], k.shape, (k.dtype,), k.device)
-    _check_stacked([lse, delta], (readers, batch, time, query_heads), (torch.float32,), k.device)
+    _check_stacked([delta], (readers, batch, time, query_heads), (torch.float32,), k.device)
+    _check_stacked([lse], delta.shape, (torch.float32, lse_dtype(k.dtype)), k.device)
+    assert lse.stride(0) == delta.stride(0) or readers < 2
     _check_stacked([dk, dv], k.shape, half_or_full, k.device)
     _check_stacked(_given(partial_dk, partial_dv), k.shape, (torch.float32,), k.device)
     _check_tokens(_given(add_dk, add_dv), k.shape[1:], half_or_full, k.device)
@@ -349,7 +358,7 @@ def _check(q: Tensor, keys: Tensor, values: Tensor, lse: Tensor, *like_q: Tensor
     kv_heads = keys.shape[3]
     rows, group = _check_rows(batch * time * kv_heads, query_heads, kv_heads, head_dim, q.dtype)
     assert lse.shape == q.shape[:3]
-    assert lse.dtype == torch.float32
+    assert lse.dtype in (torch.float32, lse_dtype(q.dtype))
     assert lse.device == q.device
     _check_tokens([q, *like_q], q.shape, (q.dtype,), q.device)
     _check_stacked([keys, values], (keys.shape[0], batch, time, kv_heads, head_dim), (q.dtype,), q.device)

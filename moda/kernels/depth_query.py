@@ -12,8 +12,16 @@ lse alone may have any strides: it is the buffer of the sequence part, [batch, t
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from moda.kernels.precision import (
+    LN2,
+    LOG2E,
+    PAST_END,
+    add_product,
+    exp2,
+    in_powers_of_two,
+    slot_exponents,
+    slot_exponents_dot,
+)
 
 
 @triton.jit
@@ -54,6 +62,7 @@ def forward_vector(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * BLOCK
     i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
@@ -71,23 +80,29 @@ def forward_vector(
     keys += start * D
     values += start * D
 
-    queries = tl.load(q + at_q, mask=in_q, other=0.0).to(tl.float32) * (scale * LOG2E)
+    queries = tl.load(q + at_q, mask=in_q, other=0.0).to(tl.float32)
+    if not FULL:
+        queries *= scale * LOG2E
     acc = tl.load(o + at_q, mask=in_q, other=0.0).to(tl.float32)
-    m = tl.load(lse, mask=in_lse, other=0.0) * LOG2E
+    m, m_low = in_powers_of_two(tl.load(lse, mask=in_lse, other=0.0), FULL)
     total = tl.full([GP, BLOCK], 1.0, tl.float32)
+    if FULL:
+        total += m_low * LN2
     for _ in tl.range(0, slots, num_stages=STAGES):
         k = tl.load(keys + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         v = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
-        s = tl.sum(queries * k[None, :, :], 2)
-        m_next = tl.maximum(m, s)
+        s = slot_exponents(queries, k[None, :, :], scale) if FULL else tl.sum(queries * k[None, :, :], 2)
+        m_next = tl.maximum(m, s.to(tl.float32))
         shrink = tl.exp2(m - m_next)
-        p = tl.exp2(s - m_next)
+        p = exp2(s - m_next)
         total = total * shrink + p
         acc = acc * shrink[:, :, None] + p[:, :, None] * v[None, :, :]
         m = m_next
         keys += slot_stride
         values += slot_stride
     tl.store(o + at_q, (acc / total[:, :, None]).to(o.dtype.element_ty), mask=in_q)
+    if FULL:
+        m, total = m.to(tl.float64), total.to(tl.float64)
     tl.store(lse, (m + tl.log2(total)) * LN2, mask=in_lse)
 
 
@@ -114,6 +129,7 @@ def forward_tensor(
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
     row = pid.to(tl.int64)
     g, j, d = tl.arange(0, GP), tl.arange(0, BLOCK), tl.arange(0, DP)
@@ -129,24 +145,32 @@ def forward_tensor(
 
     queries = tl.load(q + at_q, mask=in_q, other=0.0)
     acc = tl.load(o + at_q, mask=in_q, other=0.0).to(tl.float32)
-    m = tl.load(lse, mask=g < G, other=0.0) * LOG2E
+    m, m_low = in_powers_of_two(tl.load(lse, mask=g < G, other=0.0), FULL)
     total = tl.full([GP], 1.0, tl.float32)
+    if FULL:
+        total += m_low * LN2
     for first in tl.range(0, slots, BLOCK, num_stages=STAGES):
         written = j < slots - first
         in_kv = written[:, None] & (d < D)[None, :]
         k = tl.load(keys + at_kv, mask=in_kv, other=0.0)
         v = tl.load(values + at_kv, mask=in_kv, other=0.0)
-        s = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        s = tl.where(written[None, :], s, float("-inf"))
-        m_next = tl.maximum(m, tl.max(s, 1))
+        if FULL:
+            s = slot_exponents_dot(queries, tl.trans(k), scale)
+            s = tl.where(written[None, :], s, -PAST_END)
+        else:
+            s = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            s = tl.where(written[None, :], s, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s.to(tl.float32), 1))
         shrink = tl.exp2(m - m_next)
-        p = tl.exp2(s - m_next[:, None])
+        p = exp2(s - m_next[:, None])
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        acc = add_product(p.to(v.dtype), v, acc * shrink[:, None], FULL)
         m = m_next
         keys += step
         values += step
     tl.store(o + at_q, (acc / total[:, None]).to(o.dtype.element_ty), mask=in_q)
+    if FULL:
+        m, total = m.to(tl.float64), total.to(tl.float64)
     tl.store(lse, (m + tl.log2(total)) * LN2, mask=g < G)
 
 
@@ -184,6 +208,7 @@ def backward_vector(
     LEAVE: tl.constexpr,
     SLOT_GRADIENTS: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * BLOCK
     i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
@@ -212,14 +237,18 @@ def backward_vector(
             leave(address, q, do)
         tl.store(reader_lse + at_rows, lse_rows, mask=in_lse)
     lse_rows *= LOG2E
-    acc = tl.zeros([GP, BLOCK, DP], tl.float32)
+    acc = tl.zeros([GP, BLOCK, DP], tl.float64 if FULL else tl.float32)
     if SLOT_GRADIENTS:
         dk += start * D
         dv += start * D
     for _ in tl.range(0, slots, num_stages=STAGES):
         k = tl.load(keys + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         v = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
-        p = tl.exp2(tl.sum(queries * k[None, :, :], 2) * (scale * LOG2E) - lse_rows)
+        if FULL:
+            s = slot_exponents(queries, k[None, :, :], scale)
+        else:
+            s = tl.sum(queries * k[None, :, :], 2) * (scale * LOG2E)
+        p = exp2(s - lse_rows)
         ds = p * (tl.sum(grads * v[None, :, :], 2) - delta_rows) * scale
         acc += ds[:, :, None] * k[None, :, :]
         if SLOT_GRADIENTS:
@@ -267,6 +296,7 @@ def backward_tensor(
     LEAVE: tl.constexpr,
     SLOT_GRADIENTS: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
     row = pid.to(tl.int64)
     g, j, d = tl.arange(0, GP), tl.arange(0, BLOCK), tl.arange(0, DP)
@@ -304,12 +334,15 @@ def backward_tensor(
         in_kv = written[:, None] & (d < D)[None, :]
         k = tl.load(keys + at_kv, mask=in_kv, other=0.0)
         v = tl.load(values + at_kv, mask=in_kv, other=0.0)
-        s = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        if FULL:
+            s = slot_exponents_dot(queries, tl.trans(k), scale)
+        else:
+            s = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         # Slots past the end have score 0 and, where lse is very negative, an infinite p.
-        p = tl.where(written[None, :], tl.exp2(s - lse_rows[:, None]), 0.0)
+        p = tl.where(written[None, :], exp2(s - lse_rows[:, None]), 0.0)
         dp = tl.dot(grads, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta_rows[:, None]) * scale).to(k.dtype)
-        acc = tl.dot(ds, k, acc, input_precision="ieee")
+        acc = add_product(ds, k, acc, FULL)
         if SLOT_GRADIENTS:
             dk_slots = tl.dot(tl.trans(ds), queries, input_precision="ieee")
             dv_slots = tl.dot(tl.trans(p.to(v.dtype)), grads, input_precision="ieee")

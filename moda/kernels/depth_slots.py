@@ -11,7 +11,7 @@ where the autograd graph has them, and nothing is copied or allocated for the pu
 import triton
 import triton.language as tl
 
-from moda.kernels.depth_query import LOG2E
+from moda.kernels.precision import LOG2E, add_product, exp2, slot_exponents, slot_exponents_dot
 
 
 @triton.jit
@@ -64,6 +64,7 @@ def slots_vector(
     ADD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
     start = pid.to(tl.int64) * BLOCK
     i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
@@ -97,7 +98,8 @@ def slots_vector(
             grads = tl.load(do + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
             lse_rows = tl.load(lse + at_lse + g, mask=in_lse, other=0.0) * LOG2E
             delta_rows = tl.load(delta + at_lse + g, mask=in_lse, other=0.0)
-            p = tl.exp2(tl.sum(keys * queries, 2) * (scale * LOG2E) - lse_rows[None, :])
+            s = slot_exponents(keys, queries, scale) if FULL else tl.sum(keys * queries, 2) * (scale * LOG2E)
+            p = exp2(s - lse_rows[None, :])
             ds = p * (tl.sum(values * grads, 2) - delta_rows[None, :]) * scale
             dk_sum += ds[:, :, None] * queries
             dv_sum += p[:, :, None] * grads
@@ -139,6 +141,7 @@ def slots_tensor(
     ADD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     row = tl.program_id(0).to(tl.int64)
     i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
     j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
@@ -170,10 +173,13 @@ def slots_tensor(
         grads = tl.load(tensor_at(address + 1, k)[:, None] + at_q, mask=in_q, other=0.0)
         lse_rows = tl.load(lse + reader * statistic_stride + g, mask=left, other=0.0) * LOG2E
         delta_rows = tl.load(delta + reader * statistic_stride + g, mask=left, other=0.0)
-        s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
-        p = tl.exp2(s - lse_rows[None, :])
+        if FULL:
+            s = slot_exponents_dot(keys, tl.trans(queries), scale)
+        else:
+            s = tl.dot(keys, tl.trans(queries), input_precision="ieee") * (scale * LOG2E)
+        p = exp2(s - lse_rows[None, :])
         ds = p * (tl.dot(values, tl.trans(grads), input_precision="ieee") - delta_rows[None, :]) * scale
-        dk_sum = tl.dot(ds.to(queries.dtype), queries, dk_sum, input_precision="ieee")
-        dv_sum = tl.dot(p.to(grads.dtype), grads, dv_sum, input_precision="ieee")
+        dk_sum = add_product(ds.to(queries.dtype), queries, dk_sum, FULL)
+        dv_sum = add_product(p.to(grads.dtype), grads, dv_sum, FULL)
     tl.store(dk + at_gradient, dk_sum.to(dk.dtype.element_ty), mask=in_slots)
     tl.store(dv + at_gradient, dv_sum.to(dv.dtype.element_ty), mask=in_slots)

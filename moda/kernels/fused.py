@@ -3,9 +3,10 @@
 Plain functions on tensors, no autograd; they allocate what they return. Queries [batch, time, query_heads, head_dim],
 keys and values [batch, key_time, kv_heads, head_dim] with any strides (views of one fused projection serve as they
 are); the queries are the last `time` of the key_time positions. Slots are slices of buffers [slots, batch, time,
-kv_heads, head_dim] whose first axis may have any stride. lse is fp32 [batch, time, query_heads] in the memory order
-[batch, query_heads, time]. dtypes: bf16, fp16, fp32, one for all; sums run in fp32 in a fixed order, so that the same
-inputs give the same bits. Shapes are checked by the callers, so that what does not fit is an assertion.
+kv_heads, head_dim] whose first axis may have any stride. lse is fp32, of fp32 inputs fp64 (`moda.kernels.precision`
+says why), [batch, time, query_heads] in the memory order [batch, query_heads, time]. dtypes: bf16, fp16, fp32, one for
+all; sums run in fp32 in a fixed order, so that the same inputs give the same bits. Shapes are checked by the callers,
+so that what does not fit is an assertion.
 
 Launches are looked up, never measured (`tiles`); the kernels are in `fused_forward` and `fused_backward`.
 """
@@ -19,7 +20,7 @@ import triton
 from torch import Tensor
 
 from moda.kernels import fused_backward, fused_forward
-from moda.kernels.depth import MAX_GROUP
+from moda.kernels.depth import MAX_GROUP, lse_dtype
 
 # Pairs of sequence and kv head take turns in a kernel, as many at a time as fit the cache and at least so many that
 # there are PROGRAMS of them. A compromise for an H100, whose L2 holds 50 MB: 2**23 was faster for 8 rows
@@ -104,7 +105,7 @@ def joint_forward(
     launch = launch or tiles("depth" if depth else "forward", head_dim, q.dtype)
     starts = k if cu_seqlens is None else document_bounds(cu_seqlens, batch, time)[0]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(batch, query_heads, time, dtype=torch.float32, device=q.device)
+    lse = torch.empty(batch, query_heads, time, dtype=lse_dtype(q.dtype), device=q.device)
     pairs, row_tiles = batch * kv_heads, triton.cdiv(time * group, launch.rows)
     with torch.cuda.device_of(q):
         fused_forward.forward[(pairs * row_tiles,)](
@@ -168,7 +169,8 @@ def sequence_backward(
         assert tensor.dtype == q.dtype
         assert tensor.is_contiguous()
     assert delta.shape == lse.shape == q.shape[:3]
-    assert delta.dtype == lse.dtype == torch.float32
+    assert delta.dtype == torch.float32
+    assert lse.dtype == lse_dtype(q.dtype)
     assert delta.is_contiguous()
     assert lse.transpose(1, 2).is_contiguous()
     query_launch = query_launch or tiles("query", head_dim, q.dtype)

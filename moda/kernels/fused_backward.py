@@ -9,8 +9,8 @@ gradient is summed in registers, in a fixed order.
 import triton
 import triton.language as tl
 
-from moda.kernels.depth_query import LOG2E
 from moda.kernels.fused_forward import key_ranges, split_rows, tile_of_program
+from moda.kernels.precision import PAST_END, add_product, exp2_scaled, in_powers_of_two, scores
 
 
 @triton.jit
@@ -18,7 +18,8 @@ def query_gradients(
     dq,
     queries,
     grads,
-    lse,
+    lse,  # for exp2, as scale
+    lse_low,
     delta,
     k,
     v,
@@ -30,12 +31,14 @@ def query_gradients(
     k_time_stride,
     v_time_stride,
     scale,
+    scale_low,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Add to dq what the keys lo..hi-1 give, without the scale."""
     j, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
@@ -54,16 +57,16 @@ def query_gradients(
         else:
             key = tl.load(k + at_k, mask=(d < D)[None, :], other=0.0)
             value = tl.load(v + at_v, mask=(d < D)[None, :], other=0.0)
-        s = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        s = scores(queries, key, FULL)
         dp = tl.dot(grads, tl.trans(value), input_precision="ieee")
-        p = tl.exp2(s * scale - lse[:, None])
+        p = exp2_scaled(s, scale, scale_low, lse[:, None], lse_low[:, None] if FULL else 0.0, FULL)
         if MASKED:
             seen = (n + j)[None, :] <= position[:, None]
             if DOCUMENTS:
                 seen = seen & ((n + j)[None, :] >= start[:, None])
             p = tl.where(seen, p, 0.0)
         ds = (p * (dp - delta[:, None])).to(key.dtype)
-        dq = tl.dot(ds, key, dq, input_precision="ieee")
+        dq = add_product(ds, key, dq, FULL)
         k += BLOCK_N * k_time_stride
         v += BLOCK_N * v_time_stride
     return dq
@@ -104,6 +107,7 @@ def backward_query(
     DOCUMENTS: tl.constexpr,
 ):
     ALIGNED: tl.constexpr = BLOCK_M % G == 0
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pair, tile, tiles = tile_of_program(pairs, together)
     first = (tiles - 1 - tile) * BLOCK_M  # the longest tiles first
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -127,7 +131,9 @@ def backward_query(
     delta_rows = tl.sum(out.to(tl.float32) * grads.to(tl.float32), 1)
     tl.store(delta + first_row + at_row, delta_rows, mask=in_tile)
     lse += (batch * kv_heads + kv_head) * G * time + first_token
-    lse_rows = tl.load(lse + head * time + token, mask=in_tile, other=float("inf")) * LOG2E  # p is 0 past the end
+    # p is 0 past the end.
+    lse_rows = tl.load(lse + head * time + token, mask=in_tile, other=PAST_END if FULL else float("inf"))
+    lse_rows, lse_low = in_powers_of_two(lse_rows, FULL)
 
     position = offset + first_token + token
     start = position
@@ -137,18 +143,19 @@ def backward_query(
     last_token = tl.minimum((first + BLOCK_M - 1) // G, time - 1)
     lo, whole, diagonal, hi = key_ranges(starts, first_token, last_token, offset, BLOCK_N, DOCUMENTS)
     acc = tl.zeros([BLOCK_M, DP], tl.float32)
+    factor, factor_low = in_powers_of_two(scale, FULL)
     if DOCUMENTS:
         acc = query_gradients(
-            acc, queries, grads, lse_rows, delta_rows, k, v, lo, whole, position, start, key_time, k_time_stride,
-            v_time_stride, scale * LOG2E, D, DP, BLOCK_N, STAGES, True, True,
+            acc, queries, grads, lse_rows, lse_low, delta_rows, k, v, lo, whole, position, start, key_time,
+            k_time_stride, v_time_stride, factor, factor_low, D, DP, BLOCK_N, STAGES, True, True, FULL,
         )  # fmt: skip
     acc = query_gradients(
-        acc, queries, grads, lse_rows, delta_rows, k, v, whole, diagonal, position, start, key_time, k_time_stride,
-        v_time_stride, scale * LOG2E, D, DP, BLOCK_N, STAGES, False, DOCUMENTS,
+        acc, queries, grads, lse_rows, lse_low, delta_rows, k, v, whole, diagonal, position, start, key_time,
+        k_time_stride, v_time_stride, factor, factor_low, D, DP, BLOCK_N, STAGES, False, DOCUMENTS, FULL,
     )  # fmt: skip
     acc = query_gradients(
-        acc, queries, grads, lse_rows, delta_rows, k, v, diagonal, hi, position, start, key_time, k_time_stride,
-        v_time_stride, scale * LOG2E, D, DP, BLOCK_N, STAGES, True, DOCUMENTS,
+        acc, queries, grads, lse_rows, lse_low, delta_rows, k, v, diagonal, hi, position, start, key_time,
+        k_time_stride, v_time_stride, factor, factor_low, D, DP, BLOCK_N, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
     tl.store(dq + first_row * D + at_o, (acc * scale).to(dq.dtype.element_ty), mask=in_q)
 
@@ -171,7 +178,8 @@ def key_gradients(
     q_time_stride,
     q_head_stride,
     query_heads,
-    scale,
+    scale,  # for exp2
+    scale_low,
     G: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -179,6 +187,7 @@ def key_gradients(
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Add to dk (without the scale) and dv what the rows lo..hi-1 of the group give."""
     ALIGNED: tl.constexpr = BLOCK_M % G == 0
@@ -197,24 +206,25 @@ def key_gradients(
             queries = tl.load(q + at_token * q_time_stride + at_q, mask=in_q, other=0.0)
             grads = tl.load(do + at_token * (query_heads * D) + at_do, mask=in_q, other=0.0)
             # Past the end p is 0.
-            lse_rows = tl.load(lse + first_token + at_lse, mask=in_tile, other=float("inf")) * LOG2E
+            lse_rows = tl.load(lse + first_token + at_lse, mask=in_tile, other=PAST_END if FULL else float("inf"))
+            lse_rows, lse_low = in_powers_of_two(lse_rows, FULL)
             delta_rows = tl.load(delta + at_token * query_heads + at_row, mask=in_tile, other=0.0)
         else:
             queries = tl.load(q + at_token * q_time_stride + at_q)
             grads = tl.load(do + at_token * (query_heads * D) + at_do)
-            lse_rows = tl.load(lse + first_token + at_lse) * LOG2E
+            lse_rows, lse_low = in_powers_of_two(tl.load(lse + first_token + at_lse), FULL)
             delta_rows = tl.load(delta + at_token * query_heads + at_row)
-        s = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-        p = tl.exp2(s * scale - lse_rows[None, :])
+        s = scores(keys, queries, FULL)
+        p = exp2_scaled(s, scale, scale_low, lse_rows[None, :], lse_low[None, :] if FULL else 0.0, FULL)
         if MASKED:
             seen = (first_token + token)[None, :] >= place[:, None]
             if DOCUMENTS:
                 seen = seen & ((first_token + token)[None, :] < end[:, None])
             p = tl.where(seen, p, 0.0)
-        dv = tl.dot(p.to(grads.dtype), grads, dv, input_precision="ieee")
+        dv = add_product(p.to(grads.dtype), grads, dv, FULL)
         dp = tl.dot(values, tl.trans(grads), input_precision="ieee")
         ds = (p * (dp - delta_rows[None, :])).to(queries.dtype)
-        dk = tl.dot(ds, queries, dk, input_precision="ieee")
+        dk = add_product(ds, queries, dk, FULL)
     return dk, dv
 
 
@@ -252,6 +262,7 @@ def backward_keys(
     STAGES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pair, tile, _ = tile_of_program(pairs, together)
     first = tile * BLOCK_N  # the first keys have the most queries: they come first
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -287,19 +298,21 @@ def backward_keys(
     whole = tl.minimum(whole, lo + tl.cdiv(hi - lo, BLOCK_M) * BLOCK_M)
     dk_sum = tl.zeros([BLOCK_N, DP], tl.float32)
     dv_sum = tl.zeros([BLOCK_N, DP], tl.float32)
+    first_hi = tl.minimum(whole, hi)
+    factor, factor_low = in_powers_of_two(scale, FULL)
     dk_sum, dv_sum = key_gradients(
-        dk_sum, dv_sum, keys, values, q, do, lse, delta, lo, tl.minimum(whole, hi), place, end, time, q_time_stride,
-        q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS,
+        dk_sum, dv_sum, keys, values, q, do, lse, delta, lo, first_hi, place, end, time, q_time_stride,
+        q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
     inner = tl.load(ends) * G if DOCUMENTS else hi
     partial = whole + tl.maximum(inner - whole, 0) // BLOCK_M * BLOCK_M
     dk_sum, dv_sum = key_gradients(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, whole, partial, place, end, time, q_time_stride,
-        q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, False, DOCUMENTS,
+        q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, False, DOCUMENTS, FULL,
     )  # fmt: skip
     dk_sum, dv_sum = key_gradients(
         dk_sum, dv_sum, keys, values, q, do, lse, delta, partial, hi, place, end, time, q_time_stride,
-        q_head_stride, query_heads, scale * LOG2E, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS,
+        q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
     at_out = ((batch * key_time + first) * kv_heads + kv_head) * D
     at_kv = j[:, None] * (kv_heads * D) + d[None, :]

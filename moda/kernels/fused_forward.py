@@ -11,7 +11,7 @@ Scores are kept times log2(e), for exp2: m is their running maximum, `total` the
 import triton
 import triton.language as tl
 
-from moda.kernels.depth_query import LN2, LOG2E
+from moda.kernels.precision import LN2, LOG2E, add_product, exp2, exp2_scaled, in_powers_of_two, scores, slot_exponents
 
 LOWEST = tl.constexpr(-3.0e38)  # a maximum over nothing; finite, so that its difference to itself is not NaN
 
@@ -74,6 +74,7 @@ def attend_slots(
     BLOCK_M: tl.constexpr,
     ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """State of the softmax, acc [BLOCK_M, DP], m and total [BLOCK_M], after all slots.
 
@@ -87,24 +88,27 @@ def attend_slots(
     at_kv = token[:, None] * token_stride + d[None, :]
     heads = head[None, :] + tl.arange(0, SHARE)[:, None]
     at_q = (token[None, :] * q_time_stride + heads * q_head_stride)[:, :, None] + d[None, None, :]
-    queries = tl.load(q + at_q, mask=in_kv[None, :, :], other=0.0).to(tl.float32) * scale
-    acc = tl.zeros([SHARE, UNITS, DP], tl.float32)
+    queries = tl.load(q + at_q, mask=in_kv[None, :, :], other=0.0).to(tl.float32)
+    if not FULL:
+        queries *= scale * LOG2E
+    SUMS: tl.constexpr = tl.float64 if FULL else tl.float32
+    acc = tl.zeros([SHARE, UNITS, DP], SUMS)
     m = tl.full([SHARE, UNITS], LOWEST, tl.float32)
-    total = tl.zeros([SHARE, UNITS], tl.float32)
+    total = tl.zeros([SHARE, UNITS], SUMS)
     for _ in tl.range(0, slots, num_stages=STAGES):
         key = tl.load(keys + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         value = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
-        s = tl.sum(queries * key[None, :, :], 2)
-        m_next = tl.maximum(m, s)
+        s = slot_exponents(queries, key[None, :, :], scale) if FULL else tl.sum(queries * key[None, :, :], 2)
+        m_next = tl.maximum(m, s.to(tl.float32))
         shrink = tl.exp2(m - m_next)
-        p = tl.exp2(s - m_next)
+        p = exp2(s - m_next)
         total = total * shrink + p
         acc = acc * shrink[:, :, None] + p[:, :, None] * value[None, :, :]
         m = m_next
         keys += slot_stride
         values += slot_stride
-    acc = tl.reshape(tl.permute(acc, (1, 0, 2)), [BLOCK_M, DP])
-    return acc, tl.reshape(tl.trans(m), [BLOCK_M]), tl.reshape(tl.trans(total), [BLOCK_M])
+    acc = tl.reshape(tl.permute(acc.to(tl.float32), (1, 0, 2)), [BLOCK_M, DP])
+    return acc, tl.reshape(tl.trans(m), [BLOCK_M]), tl.reshape(tl.trans(total.to(tl.float32)), [BLOCK_M])
 
 
 @triton.jit
@@ -122,13 +126,15 @@ def attend_keys(
     key_time,
     k_time_stride,
     v_time_stride,
-    scale,
+    scale,  # for exp2
+    scale_low,
     D: tl.constexpr,
     DP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
     DOCUMENTS: tl.constexpr,
+    FULL: tl.constexpr,
 ):
     """Carry the state on over the keys lo..hi-1, in blocks."""
     j, d = tl.arange(0, BLOCK_N), tl.arange(0, DP)
@@ -147,20 +153,24 @@ def attend_keys(
         else:
             key = tl.load(k + at_k, mask=(d < D)[None, :], other=0.0)
             value = tl.load(v + at_v, mask=(d < D)[None, :], other=0.0)
-        s = tl.dot(queries, tl.trans(key), input_precision="ieee")
+        s = scores(queries, key, FULL)
         if MASKED:
             seen = (n + j)[None, :] <= position[:, None]
             if DOCUMENTS:
                 seen = seen & ((n + j)[None, :] >= start[:, None])
-            s = tl.where(seen, s * scale, float("-inf"))
-            m_next = tl.maximum(m, tl.max(s, 1))
-            p = tl.exp2(s - m_next[:, None])
+            if FULL:
+                m_next = tl.maximum(m, tl.max(tl.where(seen, s * scale, float("-inf")), 1))
+                p = tl.where(seen, exp2_scaled(s, scale, scale_low, m_next[:, None], 0.0, FULL), 0.0)
+            else:
+                s = tl.where(seen, s * scale, float("-inf"))
+                m_next = tl.maximum(m, tl.max(s, 1))
+                p = tl.exp2(s - m_next[:, None])
         else:  # a positive scale can wait, and be part of a fused multiply-add
             m_next = tl.maximum(m, tl.max(s, 1) * scale)
-            p = tl.exp2(s * scale - m_next[:, None])
+            p = exp2_scaled(s, scale, scale_low, m_next[:, None], 0.0, FULL)
         shrink = tl.exp2(m - m_next)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        acc = add_product(p.to(value.dtype), value, acc * shrink[:, None], FULL)
         m = m_next
         k += BLOCK_N * k_time_stride
         v += BLOCK_N * v_time_stride
@@ -206,6 +216,7 @@ def forward(
     DOCUMENTS: tl.constexpr,
 ):
     ALIGNED: tl.constexpr = BLOCK_M % G == 0
+    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     # The last tiles, the longest ones, come first: short ones fill the gaps at the end.
     pair, tile, tiles = tile_of_program(pairs, together)
     first = (tiles - 1 - tile) * BLOCK_M
@@ -219,7 +230,7 @@ def forward(
     q += batch * q_batch_stride + first_token.to(tl.int64) * q_time_stride + kv_head * G * q_head_stride
     k += batch * k_batch_stride + kv_head * k_head_stride
     v += batch * v_batch_stride + kv_head * v_head_stride
-    scale *= LOG2E
+    factor, factor_low = in_powers_of_two(scale, FULL)
 
     if DEPTH:
         at_slot = ((batch * time + first_token) * kv_heads + kv_head) * D
@@ -242,6 +253,7 @@ def forward(
             BLOCK_M,
             ALIGNED,
             SLOT_STAGES,
+            FULL,
         )
     else:
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
@@ -259,20 +271,22 @@ def forward(
     lo, whole, diagonal, hi = key_ranges(starts, first_token, last_token, offset, BLOCK_N, DOCUMENTS)
     if DOCUMENTS:
         acc, m, total = attend_keys(
-            acc, m, total, queries, k, v, lo, whole, position, start, key_time, k_time_stride, v_time_stride, scale,
-            D, DP, BLOCK_N, STAGES, True, True,
+            acc, m, total, queries, k, v, lo, whole, position, start, key_time, k_time_stride, v_time_stride, factor,
+            factor_low, D, DP, BLOCK_N, STAGES, True, True, FULL,
         )  # fmt: skip
     acc, m, total = attend_keys(
-        acc, m, total, queries, k, v, whole, diagonal, position, start, key_time, k_time_stride, v_time_stride, scale,
-        D, DP, BLOCK_N, STAGES, False, DOCUMENTS,
+        acc, m, total, queries, k, v, whole, diagonal, position, start, key_time, k_time_stride, v_time_stride, factor,
+        factor_low, D, DP, BLOCK_N, STAGES, False, DOCUMENTS, FULL,
     )  # fmt: skip
     acc, m, total = attend_keys(
-        acc, m, total, queries, k, v, diagonal, hi, position, start, key_time, k_time_stride, v_time_stride, scale,
-        D, DP, BLOCK_N, STAGES, True, DOCUMENTS,
+        acc, m, total, queries, k, v, diagonal, hi, position, start, key_time, k_time_stride, v_time_stride, factor,
+        factor_low, D, DP, BLOCK_N, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
 
     o += ((batch * time + first_token) * kv_heads + kv_head) * (G * D)
     at_o = (token * (kv_heads * G * D) + head * D)[:, None] + d[None, :]
     tl.store(o + at_o, (acc / total[:, None]).to(o.dtype.element_ty), mask=in_q)
     lse += (batch * kv_heads + kv_head) * G * time + first_token
+    if FULL:
+        m, total = m.to(tl.float64), total.to(tl.float64)
     tl.store(lse + head * time + token, (m + tl.log2(total)) * LN2, mask=in_tile)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards import ShardWriter
+from data.shard_writer import ShardWriter
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "checkpoint.json"

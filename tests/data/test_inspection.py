@@ -11,7 +11,8 @@ import pytest
 import data.overlap
 from data.overlap import OverlapFinder
 from data.picture import document_shades, draw_batch
-from data.shards import ShardWriter, TokenStream
+from data.shard_writer import ShardWriter
+from data.shards import TokenStream
 from data.statistics import statistics
 
 EOS = 0

@@ -12,7 +12,8 @@ import torch
 from data.documents import document_boundaries
 from data.loader import BatchLoader
 from data.mixture import InstanceStream
-from data.shards import DataError, ShardWriter, TokenDataset
+from data.shard_writer import ShardWriter
+from data.shards import DataError, TokenDataset
 
 LENGTH = 4
 INSTANCES = 50

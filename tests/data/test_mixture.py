@@ -12,7 +12,8 @@ import pytest
 from data.loader import BatchLoader
 from data.mixture import MAX_PERIOD, InstanceStream, balanced_table, difference, period_counts
 from data.order import InstanceOrder
-from data.shards import DataError, ShardWriter, TokenDataset
+from data.shard_writer import ShardWriter
+from data.shards import DataError, TokenDataset
 
 LENGTH = 4
 WEIGHTS = [0.5, 0.3, 0.2]

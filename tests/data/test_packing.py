@@ -17,7 +17,8 @@ from data.documents import micro_batch
 from data.loader import BatchLoader
 from data.mixture import InstanceStream
 from data.packing import PackedDataset, best_fit
-from data.shards import DataError, ShardWriter, TokenDataset
+from data.shard_writer import ShardWriter
+from data.shards import DataError, TokenDataset
 
 EOS = 0
 LENGTH = 16

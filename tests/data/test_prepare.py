@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 import data.prepare
-from data.prepare import PrepareOptions, TokenizerRequest, WaitingForTasks, prepare, summary
+from data.prepare import PrepareOptions, WaitingForTasks, prepare, summary
 from data.several_sources import SeveralSources
 from data.shards import DataError, Manifest, TokenDataset, read_manifest, validation_domains
 from data.sources import Files
 from data.tokenize import TextTokenizer
+from data.tokenizer_choice import TokenizerRequest
 
 REQUEST = TokenizerRequest("train", 300)
 PART = 0.0005  # megabytes: several parts a split
@@ -274,7 +275,7 @@ def test_finished_splits_are_kept_and_their_checksums_tested(
     output = tmp_path / "out"
     first = run(c4_folder, output)
     monkeypatch.setattr(data.prepare, "TokenizePart", None)  # would fail when called
-    monkeypatch.setattr(data.prepare, "train_tokenizer", None)
+    monkeypatch.setattr(data.prepare, "trained_tokenizer", None)
     assert run(c4_folder, output) == first
     path = output / "train" / "00000" / "00000.bin"
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
@@ -348,8 +349,12 @@ def test_several_sources_are_shards_directories_of_one_tokenizer(
 def test_a_tokenizer_that_does_not_fit_is_refused_by_name(c4_folder: Path, tmp_path: Path, saved) -> None:
     with pytest.raises(DataError, match=r"tokenizer=.*saved\.json has 300 ids, more than model_vocab_size=299"):
         run(c4_folder, tmp_path / "out", TokenizerRequest(saved.spec, 300, model_vocab_size=299))
-    with pytest.raises(DataError, match="tokenizer=train has 300 ids, more than model_vocab_size=299"):
-        run(c4_folder, tmp_path / "out", TokenizerRequest("train", 300, model_vocab_size=299))
+    for size in (300, 1_000_000):  # more than this text gives
+        sentence = rf"tokenizer_vocab_size={size} is more than model_vocab_size=299: use .* or a smaller tokenizer\."
+        with pytest.raises(DataError, match=sentence):
+            run(c4_folder, tmp_path / "out", TokenizerRequest("train", size, model_vocab_size=299))
+    with pytest.raises(DataError, match=r"tokenizer_vocab_size=70000 is more than fit dtype=uint16: use .* or uint32"):
+        run(c4_folder, tmp_path / "out", TokenizerRequest("train", 70_000), dtype="uint16")
     assert not (tmp_path / "out").exists()
     large = tmp_path / "large.json"
     large.write_text(
@@ -362,7 +367,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_by_name(c4_folder: Path, tmp_p
 
 def test_a_source_of_which_nothing_is_left_says_why(tmp_path: Path, write_c4: Callable, saved) -> None:
     write_c4(tmp_path / "in" / "a.json.gz", ["x", "", "y"])
-    with pytest.raises(DataError, match=r"no document is left for .*: 2 length: fewer than 10 characters; 1 no text"):
+    with pytest.raises(
+        DataError, match=r"no document .* \(2 length: fewer than 10 characters; 1 no text at all\): look"
+    ):
         run(tmp_path / "in", tmp_path / "out", saved, filters=[{"name": "length", "min_characters": 10}])
 
 
@@ -385,6 +392,8 @@ def test_impossible_options_are_refused(options: dict, sentence: str) -> None:
 def test_impossible_requests_are_refused(c4_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tokenizer=train, which brings its own"):
         TokenizerRequest("train", 300, "</s>")
+    with pytest.raises(DataError, match="tokenizer_vocab_size=256 is too small: use at least 257"):
+        TokenizerRequest("train", 256)
     with pytest.raises(DataError, match="tokenizer=train cannot be shared out to tasks"):
         run(c4_folder, tmp_path / "out", tasks=2)
     (tmp_path / "file").write_text("")

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -167,8 +168,63 @@ def test_plain_text_that_is_not_text_is_named_by_line(tmp_path: Path, monkeypatc
     path.write_bytes(b"one\n\ntwo\ncaf\xe9\n\nthree\n")
     assert only_broken(path).message == f"{path}, line 4: not UTF-8 (invalid continuation byte)."
     assert [item for item in read(path, "paragraph") if isinstance(item, str)] == ["one", "three"]
-    monkeypatch.setattr("data.readers.MAX_PLAIN_DOCUMENT", 10)
+    monkeypatch.setattr("data.readers.MAX_DOCUMENT", 10)
     assert "line 1: a document of over 0 MB: use source.plain_text=paragraph" in only_broken(path).message
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"text": text}) if "json" in name else text for text in ("one", "\ufefftwo")]
+    content = "".join(f"{line}\r\n" for line in lines).encode("utf-8-sig")
+    path = tmp_path / name
+    for mark, texts in ((content, ["one", "\ufefftwo"]), (b"\xef\xbb\xbf", [])):
+        path.write_bytes(gzip.compress(mark) if name.endswith(".gz") else mark)
+        found = [item for item, _ in read_piece(Piece(str(path), path.stat().st_size), "text", "line")]
+        assert [text.strip("\r\n") for text in found if isinstance(text, str)] == texts
+        assert [item.kind for item in found if isinstance(item, Broken)] == ([] if texts else ["empty file"])
+    path.write_bytes(content)
+    if name == "a.jsonl":
+        pieces = cut_file(path, 3)
+        assert len(pieces) > 5
+        assert [item for piece in pieces for item, _ in read_piece(piece, "text", "line")] == ["one", "\ufefftwo"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_a_document_that_would_not_fit_in_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("data.readers.MAX_DOCUMENT", 3_000_000)
+    texts = ["one", "é" * 1_500_001, "x" * 3_000_000, "two"]
+    path = tmp_path / name
+    if name == "a.parquet":
+        write_parquet(path, texts)
+    else:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        path.write_bytes(gzip.compress(lines) if name.endswith(".gz") else lines)
+    where = "row 2" if name == "a.parquet" else "line 2"
+    broken = Broken("too large", f"{path}, {where}: a document of over 3 MB: cut it.")
+    assert read(path) == [texts[0], broken, *texts[2:]]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("ends", [b"\n", b""])
+def test_a_line_without_end_is_passed_over_in_little_memory_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, ends: bytes
+) -> None:
+    monkeypatch.setattr("data.readers.MAX_LINE", 2_000_000)
+    path = tmp_path / name
+    content = GOOD + b"[" + b"x" * 30_000_000 + (b"\n" + GOOD if ends else b"")
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    tracemalloc.start()
+    found = read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    message = f"{path}, line 2: over 2 MB long: write a document a line, and cut long ones."
+    assert found == ["good", Broken("too large", message), *(["good"] if ends else [])]
+    assert peak < 12_000_000
+    if name == "a.jsonl":  # a cut inside of it
+        pieces = cut_file(path, 5_000_000)
+        assert [item for piece in pieces for item, _ in read_piece(piece, "text", "file")] == found
 
 
 def test_empty_and_unreadable_files_are_named(tmp_path: Path) -> None:

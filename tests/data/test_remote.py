@@ -76,7 +76,7 @@ def test_an_interrupted_copy_goes_on_with_what_it_lacks(address: str, tmp_path: 
     (folder / "train" / "manifest.json").unlink()
     again, said = opened(address, tmp_path / "cache")
     assert again == folder
-    assert "copying 1 files" in said[0]
+    assert "copying 1 file (" in said[0]
     read_manifest(folder / "train")
     assert kept.stat().st_mtime_ns == before
 

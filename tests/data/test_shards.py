@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import data.shards
+from data.shard_writer import ShardWriter
 from data.shards import (
     DataError,
     Manifest,
-    ShardWriter,
     TokenDataset,
     TokenStream,
     dtype_for,
@@ -190,6 +190,53 @@ def test_a_damaged_manifest_is_one_sentence(tmp_path: Path, content: str) -> Non
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"eos_id": "zero"}, 'eos_id is "zero", not an integer of at least 0'),
+        ({"eos_id": 10}, "eos_id is 10, not below vocab_size 10"),
+        ({"eos_id": True}, "eos_id is true, not an integer"),
+        ({"vocab_size": 0}, "vocab_size is 0, not an integer of at least 1"),
+        ({"vocab_size": "10"}, 'vocab_size is "10", not'),
+        ({"documents": None}, "documents is null, not"),
+        ({"tokens": 25.0}, r"tokens is 25\.0, not an integer"),
+        ({"bytes": -1}, "bytes is -1, not"),
+        ({"dtype": "int8"}, 'dtype is "int8", not uint16 or uint32'),
+        ({"dtype": ["uint16"]}, r'dtype is \["uint16"\], not'),
+        ({"tokenizer": "gpt2"}, 'tokenizer is "gpt2", not the strings name and sha256'),
+        ({"tokenizer": {"name": "t"}}, r"tokenizer is \{.*\}, not"),
+        ({"preparation": 3}, "preparation is 3, not settings by name"),
+        ({"filtered": {"length": "many"}}, 'filtered is {"length": "many"}, not counts by name'),
+        ({"broken": []}, r"broken is \[\], not counts"),
+        ({"files": {}}, r"files is \{\}, not a list"),
+        ({"files": ["00000.bin"]}, r"name of files\[0\] is null, not the name of a file"),
+        (
+            {"files": [{"name": "../a.bin", "tokens": 1, "bytes": 2, "sha256": ""}]},
+            r'name of files\[0\] is "\.\./a.bin"',
+        ),
+        ({"files": [{"name": "a.bin", "tokens": "1", "bytes": 2, "sha256": ""}]}, r'tokens of files\[0\] is "1", not'),
+        ({"files": [{"name": "a.bin", "tokens": 1, "bytes": 2}]}, r"sha256 of files\[0\] is null, not a string"),
+    ],
+)
+def test_a_manifest_with_a_wrong_value_names_the_field_and_the_value(
+    tmp_path: Path, change: dict[str, object], says: str
+) -> None:
+    write(tmp_path, DOCUMENTS)
+    path = tmp_path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(DataError, match=rf"manifest\.json is damaged \({says}.*\): remove .* and prepare it again\."):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_with_a_field_that_a_later_version_added_is_read(tmp_path: Path) -> None:
+    manifest = write(tmp_path, DOCUMENTS)
+    path = tmp_path / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["files"][0]["added"] = raw["added"] = 1
+    path.write_text(json.dumps(raw))
+    assert read_manifest(tmp_path) == manifest
 
 
 def test_another_format_version_is_refused(tmp_path: Path) -> None:

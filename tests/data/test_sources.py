@@ -96,10 +96,61 @@ def test_mistakes_with_files_are_refused_by_name(tmp_path: Path, c4_folder: Path
         Files(str(c4_folder), validation="nowhere").splits()
     with pytest.raises(DataError, match="plain_text=word is unknown: choose file, paragraph, line"):
         Files(str(c4_folder), plain_text="word").splits()
-    with pytest.raises(DataError, match="part_megabytes=0"):
-        Files(str(c4_folder), part_megabytes=0).splits()
     write_c4(c4_folder / "validation" / "books.jsonl.gz", ["twice"])
     with pytest.raises(DataError, match="two domains named books: rename one, or put both in a folder"):
+        Files(str(c4_folder)).splits()
+
+
+def test_what_a_folder_holds_beside_its_text_is_said(
+    tmp_path: Path, write_c4: Callable, texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_c4(tmp_path / "a.json.gz", texts[:3])
+    write_c4(tmp_path / "B.JSON.GZ", texts[3:5])  # as another system may write it
+    write_c4(tmp_path / "validation" / "books.json.gz", texts[:1])
+    Files(str(tmp_path)).splits()
+    assert capsys.readouterr().out == ""
+    for name in ("c.json.gz.part", "README.md", "d.csv", ".hidden"):
+        (tmp_path / name).write_text("x")
+    write_c4(tmp_path / "2020" / "e.json.gz", texts[:3])
+    assert len(texts_of(Files(str(tmp_path)).splits()[-1])) == 5
+    assert capsys.readouterr().out == (
+        f"source.path={tmp_path}: 4 of other suffixes and subfolders are left out "
+        "(2020/, README.md, c.json.gz.part, ...)\n"
+    )
+    (tmp_path / "2020" / "e.json.gz").rename(tmp_path / "2020" / "e.csv")
+    sentence = r"holds no file of a known suffix \(e\.csv\): give a folder, file or glob of \.json, .*, with \*\* for"
+    with pytest.raises(DataError, match=sentence):
+        Files(str(tmp_path / "2020")).splits()
+    with pytest.raises(DataError, match=r"\(e\.csv\): give a folder, file or glob of \.npy, \.bin, with"):
+        TokenFiles(str(tmp_path / "2020")).splits()
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf")])
+def test_parts_of_no_size_are_refused(c4_folder: Path, value: float) -> None:
+    with pytest.raises(DataError, match=f"source.part_megabytes={value} cannot be used: give a positive number"):
+        Files(str(c4_folder), part_megabytes=value).splits()
+
+
+def test_a_file_is_not_both_training_and_validation_text(tmp_path: Path, c4_folder: Path, write_c4: Callable) -> None:
+    books = r"names .*/books\.json\.gz, which is validation text: name the files of training alone"
+    for path, validation in (
+        (c4_folder / "**" / "*.json.gz", None),
+        (c4_folder / "**" / "*.json.gz", c4_folder / "validation"),
+        (c4_folder / "validation", c4_folder / "validation"),
+        (c4_folder / "validation" / "books.json.gz", c4_folder / "validation"),
+    ):
+        with pytest.raises(DataError, match=books):
+            Files(str(path), validation=validation and str(validation)).splits()
+    (tmp_path / "held").symlink_to("c4/validation")
+    with pytest.raises(DataError, match=books):
+        Files(str(c4_folder / "validation" / "b*.gz"), validation=str(tmp_path / "held")).splits()
+    (train,) = Files(str(c4_folder / "validation" / "*.gz")).splits()  # named as what it is to be: training text
+    assert len(train.settings["files"]) == 2
+
+
+def test_a_domain_that_no_run_could_read_is_refused_before_it_is_prepared(c4_folder: Path, write_c4: Callable) -> None:
+    write_c4(c4_folder / "validation" / "mean.json.gz", ["text"])
+    with pytest.raises(DataError, match=r"mean\.json\.gz cannot be a domain: validation/mean is the mean of all"):
         Files(str(c4_folder)).splits()
 
 

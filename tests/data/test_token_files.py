@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
-from data.prepare import PrepareOptions, TokenizerRequest, prepare
+from data.prepare import PrepareOptions, prepare
 from data.shards import DataError, TokenDataset, read_manifest
 from data.sources import Files, TokenFiles
 from data.tokenize import TextTokenizer
+from data.tokenizer_choice import TokenizerRequest
 
 
 @pytest.fixture

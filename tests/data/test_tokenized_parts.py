@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from data.readers import Broken, Item
 from data.shards import DataError, read_manifest
 from data.tokenize import TextTokenizer
-from data.tokenized_parts import TokenizePart
+from data.tokenized_parts import TokenizePart, writing
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,16 @@ from tests.data.test_tokenized_parts import part
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 part(Path({folder!r}), *["word " * 100] * 300, tokens_per_file=10**6).run(load_tokenizer({tokenizer!r}, None), print)
 """
+
+
+def test_output_that_cannot_be_made_is_one_sentence_with_another_remedy(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "out"
+    sentence = (
+        rf"^{folder} cannot be written \(Not a directory\): choose another output, or make that one writable, then"
+    )
+    with pytest.raises(DataError, match=sentence), writing(folder):
+        folder.mkdir(parents=True)
 
 
 def test_a_disk_that_takes_no_more_is_one_sentence_and_nothing_passes_for_finished(

@@ -51,7 +51,9 @@ def test_the_loss_of_bf16_chunks_is_that_of_whole_logits_in_float64(vocabulary, 
 
 
 @pytest.mark.parametrize("depth", [False, True], ids=["baseline", "moda"])
-def test_compiled_and_checkpointed_runs_follow_the_plain_one(depth, shards, tmp_path):
+@pytest.mark.parametrize(("precision", "lr", "tolerance"), [("fp32", 1e-2, 1e-3), ("bf16", 1e-3, 2e-3)])
+def test_compiled_and_checkpointed_runs_follow_the_plain_one(precision, lr, tolerance, depth, shards, tmp_path):
+    """bf16 with a small rate: at 1e-2 AdamW's first steps, as large for tiny gradients, make any rounding grow."""
     losses = {}
     for name, parallel in {
         "plain": {"compile": False},
@@ -59,12 +61,14 @@ def test_compiled_and_checkpointed_runs_follow_the_plain_one(depth, shards, tmp_
         "selective": {"compile": True, "activation_checkpointing": "selective"},
         "full": {"compile": True, "activation_checkpointing": "full"},
     }.items():
-        train(configured(shards, tmp_path / name, depth, **parallel))
+        config = configured(shards, tmp_path / name, depth, **parallel)
+        config.training.precision, config.optimizer.lr = precision, lr
+        train(config)
         losses[name] = {r["step"]: r["train/loss"] for r in read_metrics(tmp_path / name / "metrics.jsonl")[1:]}
-    assert losses["plain"][20] < losses["plain"][1] - 0.1
+    assert losses["plain"][20] < losses["plain"][1] - 10 * lr
     for name, got in losses.items():
         for step, loss in losses["plain"].items():
-            assert math.isclose(got[step], loss, rel_tol=0.01), f"{name}, step {step}"
+            assert math.isclose(got[step], loss, rel_tol=tolerance), f"{name}, step {step}"
 
 
 @pytest.mark.parametrize("depth", [False, True], ids=["baseline", "moda"])

@@ -26,6 +26,7 @@ def test_a_report_has_all_that_was_asked_for(folder, tmp_path, capsys):
         f"train: 60 documents, {manifest.tokens:,} tokens, {manifest.bytes:,} bytes of text",
         f"fingerprint {manifest.fingerprint}",
         "left out by filters: 3 duplicate, 1 length\n",
+        " | 1 file of uint",
         "tokenizer counting",
         "validation/odd: the checksums of all files are right",
         "120 of 120 ids occur",

@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,10 @@ def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_p
         ("source=embedded tokenizer=train output=o eos_token=</s>", "eos_token=</s> cannot be parsed: quote the value"),
         ("source=embedded tokenizer=train output=a,b", "output=a,b is several values"),
         ("source=embedded tokenizer=train output", "output is not an override: write key=value."),
+        ("source=embedded filters=duplicate", "filters=duplicate is no list: write it as 'filters=[{name: duplicate},"),
+        ("source=embedded filters={name:duplicate}", "filters={'name': 'duplicate'} is no list: write it as"),
+        ("source=embedded filters=null", "filters=None is no list: write it as"),
+        ("source=embedded output=o tokenizer=train filters=[duplicate]", "filters cannot use duplicate: write each as"),
         ("-m source=embedded", "-m is not an override"),
     ],
 )
@@ -120,6 +125,50 @@ def test_output_that_holds_the_source_is_refused_at_once(
         f"{Path(output) / 'shards'}.\n"
     )
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("path", "output", "made"),
+    [
+        ("text/**/*.json*", "text/shards", "tokenizer.json"),
+        ("**/*.json*", "shards", "tokenizer.json"),
+        ("text/*/*.json", "text/shards", "tokenizer.json"),
+        ("text/*/*/*.json*", "text/shards", "train/manifest.json"),
+        ("text/*/*/*/*.txt", "link/shards", "train/00000/skipped.txt"),
+        ("text/**", "text/shards", "tokenizer.json"),
+        ("text/s?ards/[t]rain/**/*.json", "text/shards", "train/manifest.json"),
+        ("text/**/*.json.gz", "text/shards", None),
+        ("text/**/*.json*", "text/.shards", None),
+        ("text/**/*.json*", "shards", None),
+        ("text/2*/**/*.json*", "text/shards", None),
+        ("text/*.json*", "text/shards", None),
+    ],
+)
+def test_output_that_a_glob_would_take_for_text_the_next_time_is_refused(
+    script: ModuleType,
+    text: Path,
+    path: str,
+    output: str,
+    made: str | None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "text" / "2020").mkdir()
+    shutil.copy(text / "a.json.gz", text / "2020")
+    shutil.rmtree(text / "validation")
+    (tmp_path / "link").symlink_to("text")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = f"tokenizer={tmp_path}/none.json"
+    assert script.main(["source=files", f"source.path='{path}'", tokenizer, f"output={output}"]) == 2
+    said = capsys.readouterr().err
+    if made is None:
+        assert "none.json does not exist" in said
+    else:
+        assert said == (
+            f"error: output={output} will hold {made}, which source.path={path} then takes for text: choose another "
+            "output, or a glob that leaves it out.\n"
+        )
 
 
 def test_output_inside_the_source_is_no_part_of_it_except_in_its_validation_text(

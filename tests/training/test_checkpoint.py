@@ -18,6 +18,7 @@ from models.config import ConfigError
 from tests.shards import tiny_config
 from training.checkpoint import MARKER, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
+from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
 from training.resume import choose_checkpoint
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
@@ -196,20 +197,18 @@ def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
     assert names(tmp_path / "run") == names(saved)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_the_copies_are_of_tensors_that_live_as_long_as_the_run(shards, tmp_path, monkeypatch):
-    seen, original = [], training.saver.DefaultStager.stage
+def test_every_copy_lies_in_the_memory_of_the_first(shards, tmp_path, monkeypatch):
+    seen, original = [], HostCopy.begin
 
-    def stage(self, tensors):
-        leaves = torch.utils._pytree.tree_leaves(tensors)
-        locals_ = [leaf.to_local() if hasattr(leaf, "to_local") else leaf for leaf in leaves]
-        seen.append({tensor.untyped_storage().data_ptr() for tensor in locals_ if isinstance(tensor, torch.Tensor)})
-        return original(self, tensors)
+    def begin(self, tensors):
+        original(self, tensors)
+        seen.append([leaf.data_ptr() for leaf in _leaves(self.tensors)])
+        assert all(torch.equal(*pair) for pair in zip(_leaves(self.tensors), _leaves(tensors), strict=True))
 
-    monkeypatch.setattr(training.saver.DefaultStager, "stage", stage)
+    monkeypatch.setattr(HostCopy, "begin", begin)
     train(short(shards, tmp_path / "run", keep=None))
     assert len(seen) > 1
-    assert all(storages == seen[0] for storages in seen)
+    assert all(memory == seen[0] for memory in seen)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -223,11 +222,14 @@ def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tm
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, AssertionError])
-def test_without_host_memory_for_a_copy_training_waits_and_says_why(kind, shards, saved, tmp_path, monkeypatch, capsys):
-    def stage(self, tensors):
+@pytest.mark.parametrize("method", ["prepare", "begin"])
+def test_without_host_memory_for_a_copy_training_waits_and_says_why(
+    method, kind, shards, saved, tmp_path, monkeypatch, capsys
+):
+    def fails(self, tensors=None):
         raise kind("cannot pin 8 GB")
 
-    monkeypatch.setattr(training.saver.DefaultStager, "stage", stage)
+    monkeypatch.setattr(HostCopy, method, fails)
     train(short(shards, tmp_path / "run", keep=None))
     said = f"while training waits: no copy in host memory ({kind.__name__}: cannot pin"
     assert capsys.readouterr().out.count(said) == 1

@@ -1,0 +1,129 @@
+"""Copies of a checkpoint's tensors in host memory, made beside training.
+
+In: nested dicts of tensors, plain ones or DTensors. Out: the same names, with copies in memory of the host that is kept
+from save to save. From a GPU they are page-locked once and filled by a stream of their own: the stream of the
+computation waits for it before the weights change, the host never does.
+
+dcp's `DefaultStager` is meant for the same. In torch 2.11 it frees its memory after each copy, so that every save pins
+it again, and fails at the second one (`KeyError: <class 'type'>`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+GROUP_BYTES = 2**26  # tensors are page-locked together up to here: a call for each small one would cost more
+ALIGNMENT = 512  # bytes
+
+
+class HostCopy:
+    """Memory for copies of tensors, one copy at a time: `prepare` once, then `begin`, `hold` and `finish` in turn."""
+
+    @torch.no_grad()
+    def __init__(self, tensors: dict[str, Any], device: torch.device) -> None:
+        """Nothing is copied yet, and hardly any memory taken.
+
+        Args:
+            tensors: nested dicts of what will be copied, all of it on `device`.
+            device: a CPU, or the current CUDA device.
+        """
+        self.tensors = _like(tensors)
+        self._locked: list[Tensor] = []
+        self._held: list[torch.cuda.Event] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Take the memory and page-lock it for a GPU: seconds for 10 GB, in any thread with that device current.
+
+        Raises:
+            RuntimeError, MemoryError: it is not to be had.
+        """
+        if self._stream is None:
+            return
+        for group in _groups(_leaves(self.tensors)):
+            sizes = [_rounded(leaf.nbytes) for leaf in group]
+            memory = torch.zeros(sum(sizes), dtype=torch.uint8)  # written, so that its pages exist when they are locked
+            if memory.numel():
+                status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+                if status:
+                    raise RuntimeError(f"{memory.numel() / 1e6:,.0f} MB could not be page-locked, CUDA error {status}")
+                self._locked.append(memory)
+            for leaf, part in zip(group, memory.split(sizes), strict=True):
+                leaf.set_(part[: leaf.nbytes].view(leaf.dtype).view(leaf.shape))
+
+    @torch.no_grad()
+    def begin(self, tensors: dict[str, Any]) -> None:
+        """Copy what `tensors` hold when all that is queued on the current stream is done; on a CPU, now.
+
+        They must live, and may not change, until `hold` was called.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            for copy, tensor in zip(_leaves(self.tensors), _leaves(tensors), strict=True):
+                copy.copy_(tensor, non_blocking=self._stream is not None)
+
+    def hold(self) -> None:
+        """Have the current stream wait for the copy: what is queued after this may change the tensors."""
+        if self._stream is None:
+            return
+        self._held = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        self._held[0].record()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        self._held[1].record()
+
+    def finish(self) -> float:
+        """Wait, after `hold`, until the copy is whole; returns how long the device waited for it, in seconds."""
+        if self._stream is None:
+            return 0.0
+        begin, end = self._held
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    def close(self) -> None:
+        """Unlock the memory. The copies stay as they are; there are no more after this."""
+        if self._stream is not None:
+            self._stream.synchronize()
+        for memory in self._locked:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        self._locked.clear()
+
+
+def _like(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The same names with contiguous tensors on the CPU, whose memory is not used yet."""
+    return {
+        name: _like(value)
+        if isinstance(value, dict)
+        else torch.empty_like(value, device="cpu", memory_format=torch.contiguous_format)
+        for name, value in tensors.items()
+    }
+
+
+def _leaves(tensors: dict[str, Any]) -> Iterator[Tensor]:
+    """Every tensor, in the order of names; of a DTensor the part of this rank (without gradients that, and no view)."""
+    for _, value in sorted(tensors.items()):
+        if isinstance(value, dict):
+            yield from _leaves(value)
+        else:
+            yield value.to_local() if isinstance(value, DTensor) else value
+
+
+def _groups(leaves: Iterator[Tensor]) -> Iterator[list[Tensor]]:
+    group: list[Tensor] = []
+    for leaf in leaves:
+        group.append(leaf)
+        if sum(_rounded(one.nbytes) for one in group) >= GROUP_BYTES:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
