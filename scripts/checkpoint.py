@@ -17,12 +17,15 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -56,9 +59,18 @@ def main(arguments: list[str] | None = None) -> int:
     fewer.add_argument("--keep", type=int, required=True, help="newest checkpoints that stay, permanent ones apart")
     options = parser.parse_args(arguments)
     try:
+        if not options.path.is_dir():
+            raise ConfigError(
+                f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
+            )
         return globals()[f"{options.command}_"](options)
     except (ConfigError, UnsafeCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except dcp.api.CheckpointException as error:
+        cause = next(cause for cause, _ in error.failures.values())
+        reason = "a file of it holds something other than tensors" if isinstance(cause, UnpicklingError) else cause
+        print(f"error: {options.path} cannot be read ({reason}): use another checkpoint.", file=sys.stderr)
         return 2
 
 
@@ -86,6 +98,10 @@ def list_(options: argparse.Namespace) -> int:
 def verify_(options: argparse.Namespace) -> int:
     """Read every file of one checkpoint, or of all of a run."""
     marked = [path for path in checkpoint_folders(options.path) if (path / MARKER).exists()]
+    if not marked and not (options.path / MARKER).exists():
+        raise ConfigError(
+            f"{options.path} has no checkpoints: give a run directory, as in runs/NAME, or a checkpoint of it."
+        )
     damaged = 0
     for path in marked or [options.path]:
         try:
@@ -130,8 +146,13 @@ def copy_(options: argparse.Namespace) -> int:
     }
     metadata = {"step": str(state.step), "tokens": str(state.tokens), "config": json.dumps(state.config)}
     partial = options.file.with_name(f"{options.file.name}.partial")
-    save_file(chosen, partial, metadata)
-    partial.rename(options.file)
+    try:
+        save_file(chosen, partial, metadata)
+        partial.rename(options.file)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise ConfigError(f"{options.file} cannot be written ({error}): name a file where there is room.") from error
     print(f"{options.file}: {len(chosen)} tensors of step {state.step:,}, {options.file.stat().st_size / 1e6:,.1f} MB")
     return 0
 
@@ -140,6 +161,8 @@ def prune_(options: argparse.Namespace) -> int:
     """Delete old checkpoints, once the newest one was verified, while no run is going on there."""
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep} cannot be used: keep at least 1.")
+    if not checkpoint_folders(options.path):
+        raise ConfigError(f"{options.path} has no checkpoints: give a run directory, as in runs/NAME.")
     with run_lock(newest(options.path).parents[1]):
         verify(newest(options.path))
         deleted = prune(options.path, options.keep)
@@ -159,7 +182,10 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and content of every tensor of a checkpoint, one at a time."""
     entries = read_metadata(path).state_dict_metadata
     for name in sorted(entries):
-        tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)  # type: ignore[union-attr]
+        try:
+            tensor = torch.empty(entries[name].size, dtype=entries[name].properties.dtype)  # type: ignore[union-attr]
+        except RuntimeError as error:  # a size that is none, or that no memory holds
+            raise UnsafeCheckpointError(f"{path} cannot be read: {name} is no tensor ({error}).") from error
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as meant
             dcp.load({name: tensor}, storage_reader=SafeReader(path), no_dist=True)

@@ -57,6 +57,12 @@ class TrainState:
     config: dict[str, Any] = field(default_factory=dict)  # the resolved configuration
 
 
+_KINDS: dict[str, Any] = {"seconds": int | float, "begun_from": str | None, "wandb_run_id": str | None}
+_KINDS |= {
+    known.name: type(getattr(TrainState(), known.name)) for known in fields(TrainState) if known.name not in _KINDS
+}
+
+
 @dataclass(frozen=True)
 class Marker:
     """The content of `checkpoint.json`."""
@@ -124,6 +130,9 @@ def read_marker(path: Path, key: str = "") -> Marker:
             f"{named} was written by a later version of this code ({MARKER} has {', '.join(sorted(unknown))}): use "
             "that version to continue it."
         )
+    for known in fields(TrainState):
+        if known.name in state and not isinstance(value := state[known.name], _KINDS[known.name]):
+            raise ConfigError(f"{named} is damaged ({MARKER} has {known.name}={value!r}): use another checkpoint.")
     marker = Marker(TrainState(**state), sizes, checksums)
     for name, size in marker.bytes.items():
         file = path / name
@@ -171,13 +180,11 @@ def load_checkpoint(
         raise ConfigError(f"{path} is not loaded: {error}. Use a checkpoint that train.py has written.") from error
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
-        unsafe = next((cause for cause in causes if isinstance(cause, pickle.UnpicklingError)), None)
-        if unsafe is None:
-            raise
-        raise ConfigError(
-            f"{path} is not loaded: a file of it holds something other than tensors. Use a checkpoint that train.py "
-            "has written."
-        ) from error
+        if unreadable := next((cause for cause in causes if isinstance(cause, OSError)), None):
+            raise unreadable from error
+        unsafe = any(isinstance(cause, pickle.UnpicklingError) for cause in causes)
+        what = "a file of it holds something other than tensors" if unsafe else " ".join(str(causes[0]).split())
+        raise ConfigError(f"{path} is not loaded: {what}. Use a checkpoint that train.py has written.") from error
     for random in tensors.get("random", {}).values():
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:

@@ -19,7 +19,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below, and by the system when the process dies
     except OSError as error:
-        raise ConfigError(f"run.dir={run_dir} cannot be made ({error.strerror}): use another folder.") from error
+        raise ConfigError(f"run.dir={run_dir} cannot be written ({error.strerror}): use another folder.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -67,7 +67,10 @@ def _check_paths(config: Config) -> None:
     if not existing.is_dir():
         raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is a file, so use another folder.")
     if not os.access(existing, os.W_OK):
-        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is not writable.")
+        raise ConfigError(
+            f"run.dir={config.run.dir} cannot be written: {existing} is not writable, so give access there or use "
+            "another folder."
+        )
 
 
 def _check_data(config: Config, say: Callable[[str], None]) -> InstanceStream:

@@ -2,7 +2,8 @@
 
 In: the environment of torchrun or SLURM. Out: the store that the ranks share. From the moment that a rank has read its
 command, a thread of it says so to the store every second, while the data is checked or copied: that may take minutes on
-one host and none on another, so ranks are waited for as long as they are heard.
+one host and none on another, so ranks are waited for as long as they are heard. Ranks of one host look at each other's
+processes besides: one that was killed is known at once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from models.config import ConfigError
 from training.config import LostRankError
+from training.processes import alive, number_space
 
 ARRIVAL = 120.0  # seconds without a word of a rank, after which it is missing
 CONNECTION = 120.0  # seconds that the connections of a process group may take, once all have come
@@ -53,6 +55,7 @@ class Presence:
         self._refusal: tuple[int, str] | None = None  # with which status and sentence all ranks end
         self._job, self._announced, self._complete = -1, -1, -1  # come to here, said so, all have come to
         self._unheard: dict[int, tuple[int, float]] = {}  # rank that has not come -> its last word, and when it came
+        self._gone: set[int] = set()  # ranks of this host whose processes have ended
         self._aborts = True  # the main thread does not see what comes, and nothing would be lost
         self._stopping: Callable[[], Signals | None] = lambda: None
         self._closed = threading.Event()
@@ -72,13 +75,13 @@ class Presence:
         self._unheard = dict.fromkeys(range(1, self._size) if self._rank == 0 else (0,), (-1, began))
         self._job = job
         while self._complete < job:
+            if signal := stopping():
+                raise SystemExit(128 + signal)
             if self._refusal is not None:
                 status, sentence = self._refusal
                 if self._hosts:
                     self._await_heard()
                 raise LostRankError(sentence) if status == LOST else ConfigError(sentence)
-            if signal := stopping():
-                raise SystemExit(128 + signal)
             if self._ended or time.monotonic() - began > ARRIVAL:
                 self._raise_lost()
             time.sleep(0.05)
@@ -119,7 +122,7 @@ class Presence:
     def _await_heard(self) -> bool:
         """Whether all ranks have heard the refusal within `HEARING`; the store may end with this process."""
         end = time.monotonic() + HEARING
-        names = [f"heard-{rank}" for rank in range(self._size)]
+        names = [f"heard-{rank}" for rank in range(self._size) if rank not in self._gone]
         while not self._ended and time.monotonic() < end:
             with suppress(RuntimeError):  # of the store
                 if self._store is not None and self._store.check(names):
@@ -137,15 +140,17 @@ class Presence:
             except (OSError, RuntimeError) as error:
                 self._trouble = " ".join(str(error).split())[:200]
                 # Rank 0 is gone, which is for the watchdog where it runs, or something else has this rank's port.
-                if self._store is not None or self._hosts:
-                    self._ended = True
-                    return
+                self._ended = self._store is not None or self._hosts
+            if self._aborts and (signal := self._stopping()):
+                end_process(f"{signal.name} came before the first step", 128 + signal)
             if self._aborts and self._refusal is not None:
                 if self._hosts:
                     self._await_heard()
                 end_process(f"error: {self._refusal[1]}", self._refusal[0])
-            if self._aborts and (signal := self._stopping()):
-                end_process(f"{signal.name} came before the first step", 128 + signal)
+            if self._ended:
+                if self._aborts and not self._hosts:
+                    end_process(f"error: {self._without_rank_0()}", LOST)
+                return
             undecided = self._aborts or self._complete < self._job or self._refusal is not None
             if self._closed.wait(HASTE if undecided else INTERVAL):
                 return
@@ -161,12 +166,16 @@ class Presence:
             wait_for_workers=False,
         )
         self._store = dist.PrefixStore(f"attempt-{self._attempt}", self._tcp)
+        own = f"{self._rank} {os.getpid()}\n"
+        self._store.append(f"processes of {number_space()}", own)  # type: ignore[attr-defined]
 
     def _exchange(self) -> None:
         """Say what this rank knows, and hear what the others do."""
         store = self._store
         assert store is not None
         store.add(f"word-{self._rank}", 1)
+        if self._refusal is None and (self._aborts or self._complete < self._job):
+            self._look_at_processes(store)
         if self._refusal is not None:
             store.compare_set("refusal", "", json.dumps(self._refusal))  # the first one stands
         if store.check(["refusal"]):
@@ -193,6 +202,15 @@ class Presence:
             store.set(f"job-{job}-complete", "")
             self._complete = job
 
+    def _look_at_processes(self, store: dist.Store) -> None:
+        """Refuse to start without a rank of this host that was killed; its silence would tell only after `ARRIVAL`."""
+        for line in store.get(f"processes of {number_space()}").decode().splitlines():
+            rank, process = map(int, line.split())
+            if not alive(process):
+                self._gone.add(rank)
+                named = f"rank {rank} (process {process} on {platform.node()})"
+                self._refusal = self._refusal or (LOST, f"{named} is gone: it was killed, or it crashed.")
+
     def _listen(self, store: dist.Store, rank: int) -> None:
         word = store.add(f"word-{rank}", 0)
         if self._unheard[rank][0] != word:
@@ -208,9 +226,7 @@ class Presence:
                 "MASTER_ADDR, MASTER_PORT and the firewall."
             )
         if self._ended:
-            raise LostRankError(
-                f"rank 0 ended before all ranks had come, or {where} is out of reach: look into its log."
-            )
+            raise LostRankError(self._without_rank_0())
         now = time.monotonic()
         silent = [rank for rank, (_, since) in self._unheard.copy().items() if now - since > ARRIVAL]
         if silent:
@@ -220,6 +236,10 @@ class Presence:
             )
             self._end_all(sentence, LOST)
             raise LostRankError(sentence)
+
+    def _without_rank_0(self) -> str:
+        where = f"{self._address}:{self._port}"
+        return f"rank 0 ended before all ranks had come, or {where} is out of reach: look into its log."
 
     def _close(self) -> None:
         self._closed.set()

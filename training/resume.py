@@ -55,6 +55,7 @@ MAY_CHANGE_IF_ALLOWED = (
     "training.steps",
     "model.z_loss",
 )
+CHANGEABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in MAY_CHANGE_IF_ALLOWED)
 DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a mixture
 
 ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
@@ -67,6 +68,11 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     are then verified, and what is damaged is set aside, with a sentence for each on standard error.
     """
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    for key in config.checkpoint.allow_changes:  # a word that was mistyped would allow nothing, and say nothing
+        if not key.startswith((DATA, *MAY_CHANGE_IF_ALLOWED)) and key not in flatten(resolved(config)):
+            raise ConfigError(
+                f"checkpoint.allow_changes=[{key}] names no key: name {DATA}, {CHANGEABLE}, or leave it out."
+            )
     if resume == "never" and earlier_starts(run_dir):
         resume = "auto"  # a launcher repeats the command that began this run
     if resume == "never":
@@ -192,14 +198,30 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def continue_command() -> str:
-    """The command of this process, free to go on to the last step of the schedule."""
+    """The command of this run, free to go on to the last step, with where to give it unless that is once and here."""
+    environment = os.environ
+    script, *given = sys.argv
+    arguments = [argument for argument in given if not argument.startswith("training.stop_at=")]
+    arguments.append("training.stop_at=null")
     python = Path(sys.executable)
     if shutil.which(python.name) == str(python):
         python = Path(python.name)
     elif python.is_relative_to(Path.cwd()):
         python = python.relative_to(Path.cwd())
-    launcher = [str(python)]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-    arguments = [argument for argument in sys.argv if not argument.startswith("training.stop_at=")]
-    return shlex.join([*launcher, *arguments, "training.stop_at=null"])
+    if "TORCHELASTIC_RUN_ID" in environment:
+        hosts = environment.get("GROUP_WORLD_SIZE", "1")
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", environment["LOCAL_WORLD_SIZE"]]
+        if hosts == "1":
+            return shlex.join([str(python), *launcher, script, *arguments])
+        meeting = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"  # free again once this launch has ended
+        launcher += ["--nnodes", hosts, "--rdzv-backend", "c10d", "--rdzv-endpoint", meeting]
+        launcher += ["--rdzv-id", environment["TORCHELASTIC_RUN_ID"]]
+        return f"on each of the {hosts} hosts, {shlex.join([str(python), *launcher, script, *arguments])}"
+    if "RANK" not in environment:
+        return shlex.join([str(python), script, *arguments])
+    if "SLURM_JOB_ID" in environment:
+        options = {"nodes": "JOB_NUM_NODES", "ntasks-per-node": "NTASKS_PER_NODE", "gpus-per-node": "GPUS_PER_NODE"}
+        found = [(f"--{option}", environment.get(f"SLURM_{name}")) for option, name in options.items()]
+        chosen = [word for option, value in found if value for word in (option, value)]
+        return shlex.join(["sbatch", *chosen, "scripts/slurm/train.sbatch", *arguments])
+    return f"on every rank, with RANK and WORLD_SIZE as they were, {shlex.join([str(python), script, *arguments])}"

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from models.config import ConfigError
 from models.decoder import Decoder
 from training.checkpoint import (
     Marker,
@@ -244,21 +245,24 @@ class CheckpointSaver:
             return failure
         seconds = time.perf_counter() - begin
         waited = "training waited" if copying is None else f"training waited {stalled:.2f} s"
-        self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
-        if delete_old:
-            try:
+        try:  # the checkpoint is whole from here on, whatever else goes wrong
+            self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
+            if delete_old:
                 prune(self.run_dir, self.config.keep)
-            except OSError as error:
-                self._say(f"warning: old checkpoints of {self.run_dir} could not be deleted ({_one_line(error)})")
+        except (OSError, ConfigError) as error:
+            self._say(
+                f"warning: {path} is saved, and old checkpoints of {self.run_dir} could not be deleted "
+                f"({_one_line(error)})"
+            )
         return None
 
     def _together(
         self, act: Callable[[], str | None], value: Any = None, gathered: list[Any] | None = None
     ) -> str | None:
-        """`act` on every rank; what it returns or raises OSError with is a failure. Returns the first, to all ranks."""
+        """`act` on every rank; what it returns or raises is a failure. Returns the first, to all ranks."""
         try:
             own = act()
-        except OSError as error:
+        except Exception as error:  # whatever it is: the other ranks wait for an answer
             own = _one_line(error)
         results: list[Any] = [None] * self._world.size
         dist.all_gather_object(results, (own, value), group=self._group)

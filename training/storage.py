@@ -116,8 +116,9 @@ class WatchedPlanner(DefaultLoadPlanner):
 def read_metadata(path: Path) -> Metadata:
     """The description of the checkpoint in the folder `path`. Raises `UnsafeCheckpointError` or OSError."""
     file = path / METADATA
+    content = file.read_bytes()
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(file.read_bytes())).load()
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         if metadata.storage_meta is None:
             raise UnsafeCheckpointError(f"{file} names no storage")
         # An entry of bytes would be unpickled by dcp, whatever is in it.
@@ -125,8 +126,10 @@ def read_metadata(path: Path) -> Metadata:
             key for key, entry in metadata.state_dict_metadata.items() if type(entry) is not TensorStorageMetadata
         ]
         outside = [info.relative_path for info in metadata.storage_data.values() if "/" in info.relative_path]
-    except (pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError) as error:
-        raise UnsafeCheckpointError(f"{file} is no description of a checkpoint ({error})") from error
+    except UnsafeCheckpointError:
+        raise
+    except Exception as error:  # pickle's reader raises all kinds
+        raise UnsafeCheckpointError(f"{file} is no description of a checkpoint ({error!r})") from error
     if strange or outside:
         raise UnsafeCheckpointError(
             f"{file} holds {', '.join([*strange, *outside][:3])}, which is no tensor of its own"

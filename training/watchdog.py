@@ -36,6 +36,7 @@ from data.shards import DataError
 from models.config import ConfigError
 from training.config import RankError, TrainingError
 from training.distributed import World
+from training.processes import alive, number_space
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: the same command may succeed
 LAPS = 50  # steps that the median is taken over
@@ -52,7 +53,7 @@ class Heartbeat:
     stalled: bool  # no mark for too long
     ended: str | None  # None while it runs, "" after a good end, else the error
     host: str
-    namespace: str  # of process numbers: containers of one host have their own
+    number_space: str
     process: int
 
 
@@ -83,7 +84,7 @@ class Watchdog(Watch):
         self._laps: deque[float] = deque(maxlen=LAPS)
         self._step_began: float | None = None
         self._marked, self._first = time.monotonic(), False
-        self._own = Heartbeat(0, 0, "start", False, None, platform.node(), _namespace(), os.getpid())
+        self._own = Heartbeat(0, 0, "start", False, None, platform.node(), number_space(), os.getpid())
         self._heard: dict[int, tuple[int, float]] = {}  # rank -> its last beat, and when it was heard first
         self._closed = threading.Event()
         self._store = world.store.clone() if world.store is not None else None  # type: ignore[attr-defined]
@@ -199,8 +200,7 @@ class Watchdog(Watch):
             return self._unheard(rank, f"rank {rank} has not begun")
         if beat.ended is not None:
             return f"{_named(rank, beat)} ended: {beat.ended}" if beat.ended else None
-        near = (beat.host, beat.namespace) == (self._own.host, self._own.namespace)
-        if near and not _alive(beat.process):
+        if beat.number_space == self._own.number_space and not alive(beat.process):
             return f"{_named(rank, beat)} is gone: it was killed, or it crashed"
         if rank == self._world.rank or self._heard.get(rank, (0, 0.0))[0] != beat.beat:
             self._heard[rank] = beat.beat, time.monotonic()
@@ -244,21 +244,6 @@ class Watchdog(Watch):
 
 def _named(rank: int, beat: Heartbeat) -> str:
     return f"rank {rank} (process {beat.process} on {beat.host})"
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _alive(process: int) -> bool:
-    try:
-        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
-            return file.read().rpartition(")")[2].split()[0] not in "ZX"  # a zombie waits for its parent
-    except (FileNotFoundError, ProcessLookupError):  # the latter when it ends between open and read
-        return not os.path.isdir("/proc/self")  # without /proc nobody knows
 
 
 def _one_line(error: BaseException | None) -> str:

@@ -146,3 +146,21 @@ FileSystemReader.read_data = read_data
     assert re.search(r"all ranks wait for rank 1 \(process \d+ on .*\) \(after the model\)", err), err
     assert seconds < 90
     assert "read_data" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_in_a_save_is_a_failure_of_that_save_on_all(shards, tmp_path):
+    inject = """
+import training.saver
+original = training.saver.first_difference
+def difference(folder, checksums, **options):
+    if os.environ["RANK"] == "1" and folder.name == "step-10":
+        raise ValueError("no such thing")
+    return original(folder, checksums, **options)
+training.saver.first_difference = difference
+"""
+    process = start(2, shards, tmp_path / "run", inject=inject)
+    out, err, _ = ended(process)
+    assert process.returncode == 0, err
+    assert "step-10 could not be saved (ValueError: no such thing)" in out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-20"]

@@ -75,6 +75,44 @@ def test_a_port_that_is_taken_is_named(ranks, port):
             ranks(0, 2).meet(0, never)
 
 
+@pytest.mark.parametrize("waits", [False, True], ids=["in the preflight", "as it waits for the others"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_before_the_process_group_ends_the_others_in_seconds(victim, waits, port):
+    code = (
+        "import sys, time\nfrom training.config import LostRankError\nfrom training.rendezvous import Presence\n"
+        "rank, port, waits = map(int, sys.argv[1:])\nhere = Presence(rank, 3, 'localhost', port, rank == 0, '0')\n"
+        "while here._store is None: time.sleep(0.01)\n"
+        "print('here', flush=True)\n"
+        "if not waits: time.sleep(100)\n"
+        "try: here.meet(0, lambda: None)\n"
+        "except LostRankError as error: sys.exit(f'error: {error}')\n"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": os.environ["PATH"]}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(rank), str(port), str(int(waits))],
+            env={**environment, "LOCAL_RANK": "0"},  # so that both speak
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for rank in both:
+            assert rank.stdout.readline() == "here\n"
+        both[victim].kill()
+        said = both[1 - victim].communicate(timeout=30)[1]
+    finally:
+        for rank in both:
+            rank.kill()
+            rank.communicate()
+    assert both[1 - victim].returncode == (1 if waits else 75)
+    # Where rank 0 was killed, the store may be missed before its process.
+    gone = rf"rank {victim} \(process {both[victim].pid} on .*\) is gone: it was killed"
+    assert re.search(gone if victim else f"{gone}|rank 0 ended before all ranks had come", said), said
+
+
 def test_a_signal_ends_the_wait(ranks):
     with pytest.raises(SystemExit) as ended:
         ranks(0, 2).meet(0, lambda: signal.SIGTERM)

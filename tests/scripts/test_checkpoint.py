@@ -2,16 +2,19 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from models.decoder import Decoder
 from scripts.checkpoint import main, tensors
 from tests.shards import tiny_config
+from tests.training.test_checkpoint import crafted_tensors, resealed
 from training.checkpoint import MARKER, find_checkpoints
+from training.storage import METADATA, read_metadata
 from training.trainer import train
 
 
@@ -86,7 +89,54 @@ def test_prune_keeps_the_newest(run_dir, capsys):
     assert main(["prune", str(run_dir), "--keep", "0"]) == 2
 
 
-def test_what_is_no_run_is_one_sentence(tmp_path, capsys):
-    for command in (["list"], ["inspect"], ["prune", "--keep", "1"]):
-        assert main([command[0], str(tmp_path), *command[1:]]) == 2
-    assert all(line.startswith("error: ") for line in capsys.readouterr().err.splitlines())
+@pytest.mark.parametrize("what", ["", "missing", "file"], ids=["an empty folder", "nothing", "a file"])
+def test_what_is_no_run_is_one_sentence(what, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / what if what else tmp_path
+    for command in (["list"], ["verify"], ["inspect"], ["copy", str(tmp_path / "new")], ["prune", "--keep", "1"]):
+        assert main([command[0], str(path), *command[1:]]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith(f"error: {path} ") for line in lines)
+
+
+def test_a_checkpoint_is_not_pruned_as_a_run(saved, capsys):
+    assert main(["prune", str(saved / "checkpoints" / "step-6"), "--keep", "1"]) == 2
+    assert "step-6 has no checkpoints: give a run directory" in capsys.readouterr().err
+
+
+def test_a_copy_that_cannot_be_written_leaves_nothing_and_is_one_sentence(saved, tmp_path, monkeypatch, capsys):
+    assert main(["copy", str(saved), str(tmp_path / "nowhere" / "new")]) == 2
+
+    def full(tensors, file, metadata):
+        file.touch()
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr("scripts.checkpoint.save_file", full)
+    assert main(["copy", str(saved), str(tmp_path / "new")]) == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert [line.startswith(f"error: {tmp_path}/") and "new cannot be written (" in line for line in printed] == [
+        True
+    ] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_crafted_tensors_are_refused_in_one_sentence(run_dir, tmp_path, capsys):
+    path = run_dir / "checkpoints" / "step-6"
+    crafted_tensors(path, str(tmp_path / "executed"))
+    resealed(path)
+    for command in (["inspect"], ["copy", str(tmp_path / "new")]):
+        assert main([command[0], str(path), *command[1:]]) == 2
+        assert f"error: {path} cannot be read (a file of it holds something other" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_crafted_size_is_one_sentence(run_dir, capsys):
+    path = run_dir / "checkpoints" / "step-6"
+    metadata = read_metadata(path)
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = torch.Size([10**16])
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+    resealed(path)
+    assert main(["inspect", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path} cannot be read: ")

@@ -78,6 +78,12 @@ def flip(path):
         file.write(bytes([byte[0] ^ 1]))
 
 
+def edit_state(path, **values):
+    content = json.loads((path / MARKER).read_text())
+    content["state"] |= values
+    (path / MARKER).write_text(json.dumps(content))
+
+
 DAMAGE = {
     "flipped byte": lambda path: flip(max(path.glob("*.distcp"), key=os.path.getsize)),
     "truncated file": lambda path: os.truncate(next(path.glob("*.distcp")), 100),
@@ -86,6 +92,7 @@ DAMAGE = {
     "marker without files": lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER],
     "marker that is no JSON": lambda path: (path / MARKER).write_text("{"),
     "marker that is something else": lambda path: (path / MARKER).write_text('{"state": 3}'),
+    "marker with a word for a number": lambda path: edit_state(path, step="8"),
 }
 
 
@@ -282,6 +289,38 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_path(shards, saved, t
     assert losses(tmp_path / "run") == losses(saved)
 
 
+def test_any_error_of_the_writing_thread_is_a_failure_of_that_save_alone(shards, tmp_path, monkeypatch, capsys):
+    original = training.saver.first_difference
+
+    def difference(folder, checksums, **options):
+        if folder.name == "step-4":
+            raise ValueError("no such thing")
+        return original(folder, checksums, **options)
+
+    monkeypatch.setattr(training.saver, "first_difference", difference)
+    train(short(shards, tmp_path / "run", keep=None))
+    assert "step-4 could not be saved (ValueError: no such thing)" in capsys.readouterr().out
+    assert names(tmp_path / "run") == ["step-2", "step-6", "step-8"]
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [("size_in_bytes", OSError(5, "Input/output error")), ("prune", ConfigError("step-2 is damaged"))],
+    ids=["size", "deletion"],
+)
+def test_what_fails_after_the_marker_is_a_warning(function, error, shards, saved, tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise error
+
+    monkeypatch.setattr(training.saver, function, fails)
+    train(short(shards, tmp_path / "run", keep=1))
+    printed = capsys.readouterr().out
+    assert printed.count("step-4 is saved, and old checkpoints of") == 1
+    assert str(error) in printed
+    assert names(tmp_path / "run") == names(saved)
+    assert losses(tmp_path / "run") == losses(saved)
+
+
 class Payload:
     """A pickle that makes a file when it is loaded."""
 
@@ -334,13 +373,21 @@ def crafted_tensors(path, target):
     (path / METADATA).write_bytes(pickle.dumps(metadata))
 
 
+def crafted_shapes(path, target):
+    """No code, but tensors that the model does not have."""
+    metadata = read_metadata(path)
+    for entry in metadata.state_dict_metadata.values():
+        entry.size = torch.Size([10**9])
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
 def crafted_path(path, target):
     metadata = read_metadata(path)
     next(iter(metadata.storage_data.values())).relative_path = "../../../etc/passwd"
     (path / METADATA).write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_path])
+@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_shapes, crafted_path])
 def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
     path = Path(run.run.dir) / "checkpoints" / "step-6"
     shutil.rmtree(path.with_name("step-8"))
@@ -351,7 +398,17 @@ def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"no pickle", pickle.dumps({"a": 1}), pickle.dumps(os.system)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps({"a": 1}),
+        pickle.dumps(os.system),
+        b"\x80\x02X\x01\0\0\0\x80.",
+        b"\x80\x02\x82\x01.",
+    ],
+)
 def test_metadata_that_is_something_else_is_refused(content, tmp_path):
     (tmp_path / METADATA).write_bytes(content)
     with pytest.raises(UnsafeCheckpointError):

@@ -118,6 +118,13 @@ def test_a_run_directory_that_is_a_file_is_refused(config, tmp_path):
     assert message(ConfigError, config).startswith(f"run.dir={tmp_path / 'run'} cannot be made")
 
 
+def test_a_run_directory_without_access_is_refused_with_what_to_do(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert message(ConfigError, config).endswith(
+        f"{tmp_path} is not writable, so give access there or use another folder."
+    )
+
+
 def test_wandb_is_asked_for_only_where_it_is_used(config, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     preflight(config)

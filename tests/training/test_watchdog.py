@@ -1,43 +1,13 @@
 """training/watchdog.py on one process; ranks that fail each other are in tests/distributed/test_faults.py."""
 
-import builtins
-import os
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import contextmanager
 from types import SimpleNamespace
 
 from tests.shards import tiny_config
 from training import saver, storage, watchdog
 from training.trainer import train
-
-
-def test_the_living_the_dead_and_the_zombie():
-    assert watchdog._alive(os.getpid())
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    assert watchdog._alive(child.pid)
-    child.kill()
-    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet collected
-    assert not watchdog._alive(child.pid)
-    child.wait()
-    assert not watchdog._alive(child.pid)
-    child.stdin.close()
-
-
-def test_a_process_that_ends_while_it_is_looked_at_is_gone(monkeypatch):
-    @contextmanager
-    def opened(path, **options):
-        class Gone:
-            def read(self):
-                raise ProcessLookupError(3, "No such process", path)
-
-        yield Gone()
-
-    monkeypatch.setattr(builtins, "open", opened)
-    assert not watchdog._alive(12345)
 
 
 def test_a_write_that_stands_still_while_training_waits_is_a_hang(shards, tmp_path, monkeypatch):

@@ -1,0 +1,34 @@
+"""training/processes.py."""
+
+import builtins
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
+from training.processes import alive
+
+
+def test_the_living_the_dead_and_the_zombie():
+    assert alive(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert alive(child.pid)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # dead, and not yet collected
+    assert not alive(child.pid)
+    child.wait()
+    assert not alive(child.pid)
+    child.stdin.close()
+
+
+def test_a_process_that_ends_while_it_is_looked_at_is_gone(monkeypatch):
+    @contextmanager
+    def opened(path, **options):
+        class Gone:
+            def read(self):
+                raise ProcessLookupError(3, "No such process", path)
+
+        yield Gone()
+
+    monkeypatch.setattr(builtins, "open", opened)
+    assert not alive(12345)

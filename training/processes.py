@@ -1,0 +1,27 @@
+"""Whether another process of this host still lives.
+
+In: the number of a process and the place where it was given. Out: whether it has ended, for what a collective or a
+store would say nothing about until a timeout.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+
+def number_space() -> str:
+    """Where process numbers mean the same: the host and, since containers have their own, the namespace."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this `number_space` runs; True where nobody knows."""
+    try:
+        with open(f"/proc/{process}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"  # a zombie waits for its parent
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it ends between open and read
+        return not os.path.isdir("/proc/self")  # without /proc nobody knows
