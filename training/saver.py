@@ -218,11 +218,17 @@ class CheckpointSaver:
 
         Training has waited `stalled` seconds for `copying` so far; without a copy it waits for all of this.
         """
-        if copying is not None:
-            stalled += copying.finish()
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
-        failure = self._together(lambda: _clear(path) if main else None)
+
+        def ready() -> None:
+            nonlocal stalled
+            if copying is not None:
+                stalled += copying.finish()
+            if main:
+                _clear(path)
+
+        failure = self._together(ready)
         sums: list[dict[str, str]] = []
         if failure is None:
             writer = ChecksummedWriter(path, self._busy, on_written=self._stage_done)

@@ -247,11 +247,10 @@ def backward_vector(
         v = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         if FULL:
             s = slot_exponents(queries, k[None, :, :], scale)
-            dp = slot_products(grads, v[None, :, :])
         else:
             s = tl.sum(queries * k[None, :, :], 2) * (scale * LOG2E)
-            dp = tl.sum(grads * v[None, :, :], 2)
         p = exp2(s - lse_rows)
+        dp = slot_products(grads, v[None, :, :]) if FULL else tl.sum(grads * v[None, :, :], 2)
         ds = p * (dp - delta_rows).to(tl.float32) * scale
         acc += ds[:, :, None] * k[None, :, :]
         if SLOT_GRADIENTS:

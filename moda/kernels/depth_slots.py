@@ -98,13 +98,9 @@ def slots_vector(
             grads = tl.load(do + at_q + g * D, mask=in_q, other=0.0).to(tl.float32)[None, :, :]
             lse_rows = tl.load(lse + at_lse + g, mask=in_lse, other=0.0) * LOG2E
             delta_rows = tl.load(delta + at_lse + g, mask=in_lse, other=0.0)
-            if FULL:
-                s = slot_exponents(keys, queries, scale)
-                dp = slot_products(values, grads)
-            else:
-                s = tl.sum(keys * queries, 2) * (scale * LOG2E)
-                dp = tl.sum(values * grads, 2)
+            s = slot_exponents(keys, queries, scale) if FULL else tl.sum(keys * queries, 2) * (scale * LOG2E)
             p = exp2(s - lse_rows[None, :])
+            dp = slot_products(values, grads) if FULL else tl.sum(values * grads, 2)
             ds = p * (dp - delta_rows[None, :]).to(tl.float32) * scale
             dk_sum += ds[:, :, None] * queries
             dv_sum += p[:, :, None] * grads
