@@ -83,6 +83,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             results["environment"] = measured.pop("environment")
             results["rows"][row.name] = {"arguments": row.arguments} | measured
             rate = measured["tokens_per_second"] / 1e3
+            print(f"  {measured['startup']}", flush=True)
             print(f"  {rate:.1f} k tokens/s, {time.monotonic() - begin:.0f} s in all", flush=True)
         write_atomically(options.out / "training.json", (json.dumps(results, indent=1) + "\n").encode())
     return results

@@ -50,6 +50,7 @@ from training.saver import CheckpointSaver
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
 from training.skip import SpikeFilter
+from training.startup import Startup
 from training.tracking import WandbTracker, previous_run_id
 from training.versions import record_versions
 from training.watchdog import Watchdog
@@ -123,6 +124,7 @@ class Trainer:
     def __init__(
         self, config: Config, world: World, stop: StopRequest, watchdog: Watchdog, checkpoint: Path | None
     ) -> None:
+        self.startup = Startup()
         self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
@@ -132,10 +134,13 @@ class Trainer:
         self.after_step: list[Callable[[int], None]] = [self.garbage]  # called with steps done
         self._build_data()
         watchdog.mark("the data")
+        self.startup.mark("data")
         check_ranks(world, config, self.run_dir, self.stream.fingerprint)
         self._build_model()
         watchdog.mark("the model")
+        self.startup.mark("model")
         self._restore(checkpoint)
+        self.startup.mark("checkpoint")
         if world.is_main:
             self._open_run_directory()
         self.first_step, self.evaluated = self.state.step + 1, False
@@ -168,6 +173,7 @@ class Trainer:
         self.waited = state.step, self.loader.waited  # at the last record
         if state.unrecorded or (state.step == 0 and config.evaluation.every):
             self._evaluate_and_record(state.unrecorded)
+            self.startup.mark("evaluation")
         self.loader.prefetch(state.instances)
         save_due = False
         while state.step < self.last_step and not self._stopping(has_data=self._has_data()):
@@ -176,6 +182,9 @@ class Trainer:
             state.step += 1
             state.instances += config.training.global_batch_size
             state.tokens += config.training.global_batch_size * config.data.sequence_length
+            if state.step == self.first_step:
+                self.startup.mark("step")
+                self.console.say(self.startup.line())
             for notify in self.after_step:
                 notify(state.step)
             self.loader.prefetch(state.instances)

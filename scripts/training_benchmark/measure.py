@@ -93,6 +93,7 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
             return None
         result: dict[str, Any] = {
             "start_to_first_step_seconds": timer.first_step_at - started,
+            "startup": trainer.startup.line(),
             "ranks": world.size,
             "micro_batch_size": config.training.micro_batch_size,
             "sequence_length": config.data.sequence_length,

@@ -1,0 +1,48 @@
+"""Where the time before the first step goes."""
+
+import re
+import subprocess
+import sys
+import time
+
+from tests.shards import tiny_config
+from training.startup import Startup, process_begin
+from training.trainer import train
+
+
+def test_the_parts_add_up_from_the_beginning_of_the_process(monkeypatch):
+    monkeypatch.setattr(Startup, "_told", False)
+    times = iter([100.0, 102.0, 107.5])
+    monkeypatch.setattr("training.startup.time.time", lambda: next(times))
+    monkeypatch.setattr("training.startup.process_begin", lambda now: now - 3.0)
+    startup = Startup()
+    startup.mark("data")
+    startup.mark("step")
+    assert startup.line() == "first step 10.5 s after the start: start 3.0 s, data 2.0 s, step 5.5 s"
+
+
+def test_a_later_job_of_a_process_begins_when_it_begins(monkeypatch):
+    monkeypatch.setattr(Startup, "_told", True)
+    startup = Startup()
+    startup.mark("step")
+    assert re.fullmatch(r"first step 0\.\d s after the start: step 0\.\d s", startup.line())
+
+
+def test_a_process_knows_when_it_began():
+    code = "import time; time.sleep(0.5); from training.startup import process_begin; print(process_begin(0.0))"
+    before = time.time()
+    began = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert before - 0.2 < began < before + 0.4
+
+
+def test_where_the_system_does_not_say_it_is_now(monkeypatch):
+    monkeypatch.setattr("pathlib.Path.read_text", lambda self: (_ for _ in ()).throw(OSError()))
+    assert process_begin(7.0) == 7.0
+
+
+def test_a_run_says_it_once(shards, tmp_path, capsys):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.stop_at = 2
+    train(config)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step")]
+    assert re.search(r"data \d.*, model \d.*, checkpoint \d.*, evaluation \d.*, step \d", line)
