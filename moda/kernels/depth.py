@@ -112,11 +112,17 @@ def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) ->
     return next(config for groups, dims, config in table[kernel] if group <= groups and head_dim <= dims)
 
 
+def _watched() -> bool:
+    """Whether a tracer, a mode (fake tensors, a counter of operations) or the like wants to see operators."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def _registered(*mutates_args: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Registers a function as an operator of its name that writes to some of its arguments.
 
     The operator has no default values, the returned function fills them in: a dispatcher leaves defaults out, and torch
-    2.11 then does not find what the operator writes to.
+    2.11 then does not find what the operator writes to. Where nobody watches operators the function is called without
+    one, which would take the host longer than the launch of its kernel.
     """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -127,8 +133,11 @@ def _registered(*mutates_args: str) -> Callable[[Callable[..., None]], Callable[
         )
 
         @wraps(function)
-        def call(*args: object, **kwargs: object) -> None:
-            bound = signature.bind(*args, **kwargs)
+        def call(first: Tensor, *args: object, **kwargs: object) -> None:
+            if type(first) is Tensor and first.device.type != "meta" and not _watched():
+                function(first, *args, **kwargs)
+                return
+            bound = signature.bind(first, *args, **kwargs)
             bound.apply_defaults()
             operator(*bound.args)
 

@@ -5,6 +5,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moda import kernels
 from tests.moda.interpreter import run_interpreted
@@ -130,6 +131,18 @@ else:
         kernel(case, **({"first": 0, "last": 2} if kernel is backward_slots else {}))
         for arguments in calls:
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+    def test_a_mode_that_watches_operators_sees_them():
+        case, seen = Case((1, 3, 2, 2, 32, 2), torch.float32, readers=2), []
+
+        class Watching(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                seen.append(operator)
+                return operator(*args, **(kwargs or {}))
+
+        with Watching():
+            forward(case)
+        assert torch.ops.moda.depth_forward.default in seen
 
     def test_available_in_the_interpreter():
         assert kernels.available("cpu")
