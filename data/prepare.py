@@ -416,6 +416,12 @@ def _join(plan: _PlannedSplit, tokenizer: TextTokenizer, options: PrepareOptions
             f"no document is left for {plan.folder} ({left or 'the source has no text'}): look at the text that it is "
             "made of, at source.text_field and at filters."
         )
+    if not joined.documents:  # token files alone: every text ends with an EOS
+        raise DataError(
+            f"no document ends in the {counted(joined.tokens, 'token')} of {plan.folder}: none of its files holds "
+            f"{tokenizer.eos_token} (id {tokenizer.eos_id}), so name the tokenizer, eos_token and dtype they were made "
+            "with."
+        )
     for folder in plan.folder.glob("[0-9]*/"):  # left by an attempt that cut the source in more parts and finished none
         if int(folder.name) >= len(plan.parts):
             shutil.rmtree(folder)
