@@ -143,7 +143,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     check_fits(request.vocab_size if tokenizer is None else tokenizer.vocab_size, request, options.dtype)
     settings = {split.name: _settings(split, request, tokenizer, options) for split in splits}
     finished = _finished(output, settings)
-    for name in finished:
+    for name in finished if options.tasks == 1 else ():  # tasks would all read everything; the last command does
         print(f"{name}: finished before, checking its checksums", flush=True)
         finished[name] = verify_checksums(output / name)
         _remove_duplicates(output / name)
