@@ -231,12 +231,16 @@ def _check_same_settings(made: dict[str, Any], asked: dict[str, Any], what: str,
     keys = [key for key in asked if made.get(key) != asked[key]]
     if not keys:
         return
-    difference, remedy = f"made with another {' and another '.join(keys)}", ""
+    difference, remedy = f"made with {' and '.join(map(_other, keys))}", ""
     before, now = (settings.get("source", {}).get("revision") for settings in (made, asked))
     if before != now and before and now:
         difference += f" (revision {before}, now {now})"
         remedy = f"add source.revision={before} to go on with that text, "
     raise DataError(f"output={output} holds {what} {difference}: {remedy}remove {output}, or choose another output.")
+
+
+def _other(key: str) -> str:
+    return f"other {key}" if key == "filters" else f"another {key}"
 
 
 def _plan(
