@@ -47,6 +47,12 @@ class Length(DocumentFilter):
         for name, value in limits.items():
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise DataError(f"the filter length cannot use {name}={value}: give a positive integer.")
+        for unit in ("characters", "tokens"):
+            least, most = limits[f"min_{unit}"], limits[f"max_{unit}"]
+            if least is not None and most is not None and least > most:
+                raise DataError(
+                    f"the filter length cannot use min_{unit}={least} with max_{unit}={most}: no document has both."
+                )
 
     def reject_text(self, text: str) -> str | None:
         return self._outside(len(text), self.min_characters, self.max_characters, "characters")
@@ -140,4 +146,6 @@ def _filter_type(name: str) -> type[DocumentFilter]:
         raise DataError(f"the filter {name} cannot be imported ({error}): is its folder on PYTHONPATH?") from error
     if not (isinstance(found, type) and issubclass(found, DocumentFilter)):
         raise DataError(f"{name} is not a filter: derive it from data.filters.DocumentFilter.")
+    if found.reject_text is DocumentFilter.reject_text and found.reject_ids is DocumentFilter.reject_ids:
+        raise DataError(f"{name} keeps every document: give it a method reject_text or reject_ids.")
     return found

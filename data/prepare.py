@@ -143,7 +143,7 @@ def prepare(source: Source, request: TokenizerRequest, output: Path, options: Pr
     check_fits(request.vocab_size if tokenizer is None else tokenizer.vocab_size, request, options.dtype)
     settings = {split.name: _settings(split, request, tokenizer, options) for split in splits}
     finished = _finished(output, settings)
-    for name in finished:
+    for name in finished if options.tasks == 1 else ():  # tasks would all read everything; the last command does
         print(f"{name}: finished before, checking its checksums", flush=True)
         finished[name] = verify_checksums(output / name)
         _remove_duplicates(output / name)
@@ -231,12 +231,16 @@ def _check_same_settings(made: dict[str, Any], asked: dict[str, Any], what: str,
     keys = [key for key in asked if made.get(key) != asked[key]]
     if not keys:
         return
-    difference, remedy = f"made with another {' and another '.join(keys)}", ""
+    difference, remedy = f"made with {' and '.join(map(_other, keys))}", ""
     before, now = (settings.get("source", {}).get("revision") for settings in (made, asked))
     if before != now and before and now:
         difference += f" (revision {before}, now {now})"
         remedy = f"add source.revision={before} to go on with that text, "
     raise DataError(f"output={output} holds {what} {difference}: {remedy}remove {output}, or choose another output.")
+
+
+def _other(key: str) -> str:
+    return f"other {key}" if key == "filters" else f"another {key}"
 
 
 def _plan(
@@ -415,6 +419,12 @@ def _join(plan: _PlannedSplit, tokenizer: TextTokenizer, options: PrepareOptions
         raise DataError(
             f"no document is left for {plan.folder} ({left or 'the source has no text'}): look at the text that it is "
             "made of, at source.text_field and at filters."
+        )
+    if not joined.documents:  # token files alone: every text ends with an EOS
+        raise DataError(
+            f"no document ends in the {counted(joined.tokens, 'token')} of {plan.folder}: none of its files holds "
+            f"{tokenizer.eos_token} (id {tokenizer.eos_id}), so name the tokenizer, eos_token and dtype they were made "
+            "with."
         )
     for folder in plan.folder.glob("[0-9]*/"):  # left by an attempt that cut the source in more parts and finished none
         if int(folder.name) >= len(plan.parts):

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from data.embedded import DOMAINS, build_corpus
 from data.readers import COMPRESSIONS, FORMATS, PLAIN_TEXT, Item, Piece, cut_file, file_format, read_piece
+from data.remote import is_remote
 from data.shards import DataError
 
 TOKEN_SUFFIXES = (".npy", ".bin")
@@ -298,6 +299,14 @@ def _names(pattern: Sequence[str], parts: Sequence[str]) -> bool:
 
 def _check_files_apart(path: str, validation: str | None, output: Path) -> None:
     """`check_apart` of a source of files; nor may `output` lie in its validation text, whose subfolders are read."""
+    for key, given in (("source.path", path), ("source.validation", validation)):
+        if given == "":
+            raise DataError(f"{key} is empty: give a folder, file or glob.")
+        if given is not None and is_remote(given):
+            raise DataError(
+                f"{key}={given} is an address: copy its files to a folder here and name that (a dataset of the hub is "
+                "source=datasets)."
+            )
     check_apart(path, "source.path", output)
     made = _first_made(path, output)
     if made is not None:

@@ -18,6 +18,7 @@ from data.shards import DTYPES, DataError
 from data.tokenize import TextTokenizer
 
 CHUNK = 2**22  # ids read at once
+FEW = 16  # ids of which every second may be 0 by chance; in more, they are the upper halves of wider numbers
 
 
 @dataclass
@@ -35,7 +36,8 @@ def count_documents(
     """Read the whole file, telling `report` how many bytes were read since the last time.
 
     Raises `DataError` when the file is empty, has a NumPy header, is no whole number of ids, holds an id outside the
-    vocabulary, or holds no EOS though it has over a million ids (then the dtype or the tokenizer is another).
+    vocabulary, was written with a wider dtype, or holds no EOS though it has over a million ids (then the dtype or the
+    tokenizer is another). That some file of a split has an EOS is for the caller to check: a short one may hold none.
     """
     item = DTYPES[dtype].itemsize
     size = path.stat().st_size
@@ -57,6 +59,11 @@ def count_documents(
                 raise DataError(
                     f"{path} holds the id {largest} at {place}, outside the {tokenizer.vocab_size} of "
                     f"tokenizer={tokenizer.name}: name the tokenizer and the dtype (now {dtype}) it was made with."
+                )
+            if not done and len(ids) >= FEW and not ids[1::2].any():
+                raise DataError(
+                    f"every second id of {path} is 0: it was written with a wider dtype than {dtype}, so "
+                    f"{'add dtype=uint32' if dtype == 'uint16' else 'write it as uint32'}."
                 )
             documents += int(np.count_nonzero(ids == tokenizer.eos_id))
             text_bytes += int(lengths[ids].sum())

@@ -37,6 +37,8 @@ from data.shards import (
 )
 from data.statistics import statistics
 
+PICTURES = (".png", ".pdf", ".svg", ".jpg")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Report as the command line says. Returns the exit status."""
@@ -84,6 +86,8 @@ class Inspection:
                 raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")
         if options.picture is not None and not options.picture.absolute().parent.is_dir():
             raise DataError(f"--picture {options.picture} cannot be written: its folder does not exist.")
+        if options.picture is not None and options.picture.suffix.lower() not in PICTURES:
+            raise DataError(f"--picture {options.picture} cannot be drawn: name it {', '.join(PICTURES)}.")
         self.problems: list[str] = []
         self._streams: dict[str, InstanceStream] = {}  # by packing
 

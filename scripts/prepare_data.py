@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.host_lock import host_lock
 from data.interruption import Interrupted, interruptible
 from data.prepare import PrepareOptions, WaitingForTasks, prepare, summary
+from data.remote import is_remote
 from data.several_sources import SINGLE_SOURCES, SeveralSources
 from data.shards import DataError
 from data.sources import Source
@@ -83,6 +84,8 @@ def load_config(overrides: list[str]) -> DictConfig:
     for key, value in _values(config).items():
         if value == "???":
             raise DataError(f"{key} is not set: add {key}=... to the command.")
+        if value == "":  # of a shell variable that is not set: as a path it would be the folder one happens to be in
+            raise DataError(f"{key}= is empty: give it a value, or leave it out.")
     schema = OmegaConf.structured(PrepareConfig)
     schema.source = OmegaConf.structured(SOURCES[kind])
     try:
@@ -92,6 +95,11 @@ def load_config(overrides: list[str]) -> DictConfig:
         reason = str(error).splitlines()[0]
         raise DataError(f"{error.full_key}={given.get(str(error.full_key))} cannot be used: {reason}.") from error
     assert isinstance(typed, DictConfig)
+    if is_remote(typed.output):  # else a local folder of that name would be made, from which no run reads
+        raise DataError(
+            f"output={typed.output} is an address: name a folder here, and copy it there when it is ready, which "
+            "data.path of a run can then name."
+        )
     return typed
 
 
@@ -148,7 +156,7 @@ def run(config: DictConfig) -> None:
     )
     for name, manifest in manifests.items():
         print(f"  {name}: {summary(manifest)}")
-    command = ["python", "train.py", "model=moda_tiny", *_data_overrides(source, config.output)]
+    command = ["python", "train.py", "model=moda_tiny", *_data_overrides(source, str(output))]
     if not any("validation/" in name for name in manifests):
         print("  no validation text was given, so runs on this data have no validation loss")
         command.append("evaluation.every=0")

@@ -10,9 +10,9 @@ the splits finished. A task is a prepare_data command with `task` and `tasks`, s
 there are, and the same command goes on after a failure.
 
 datatrove (`pip install datatrove`) rather than the sharding of `datasets` or Ray: it submits SLURM arrays with their
-dependencies, requeues what was preempted and remembers finished tasks, runs the same tasks locally, and asks no more of
-a step than (rank, world size), which is all that independent parts need. Any scheduler that numbers its jobs will do
-without it: `task=$SLURM_ARRAY_TASK_ID tasks=64` in an array job, then the command without both.
+dependencies, requeues what was preempted, runs the same tasks locally, and asks no more of a step than (rank, world
+size), which is all that independent parts need. Any scheduler that numbers its jobs will do without it:
+`task=$SLURM_ARRAY_TASK_ID tasks=64` in an array job, then the command without both.
 """
 
 from __future__ import annotations
@@ -66,31 +66,41 @@ def stages(overrides: list[str]) -> list[Stage]:
 
 
 def launch(options: argparse.Namespace) -> None:
-    """Run the stages here, or submit them to SLURM; the tasks of a stage that were finished are left out."""
+    """Run the stages here, or submit them to SLURM.
+
+    What is finished is told by the output alone: by datatrove's record in the logs too (`skip_completed`), a command
+    with the logs of another output, or whose output was removed, would end at once and well with nothing made. Raises
+    `DataError` for a mistake, `RuntimeError` when a task that runs here fails.
+    """
     from datatrove.executor import LocalPipelineExecutor, SlurmPipelineExecutor
 
+    if options.tasks < 1:
+        raise DataError(f"--tasks {options.tasks} cannot be used: use at least 1.")
     before = None
     for stage in stages(options.overrides):
         tasks = options.tasks if stage.shared else 1
         logs = f"{options.logs}/{stage.name}"
         if options.local:
-            executor = LocalPipelineExecutor([stage], tasks=tasks, workers=options.workers, logging_dir=logs)
+            executor = LocalPipelineExecutor(
+                [stage], tasks=tasks, workers=options.workers, logging_dir=logs, skip_completed=False
+            )
             executor.depends, before = before, executor
         else:
             before = SlurmPipelineExecutor(
                 [stage], tasks=tasks, workers=options.workers, time=options.time, partition=options.partition,
                 cpus_per_task=options.cpus, job_name=f"prepare-{stage.name}", logging_dir=logs, depends=before,
+                skip_completed=False,
             )  # fmt: skip
     assert before is not None
     before.run()  # runs or submits what it depends on first
 
 
 def main(arguments: list[str]) -> int:
-    """Exit status: 0 done or submitted, 2 a mistake of the user."""
+    """Exit status: 0 done or submitted, 1 a task failed here, 2 a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, required=True, help="shares of the parts, at most as many as there are")
     parser.add_argument("--workers", type=int, default=-1, help="tasks at a time; -1: all")
-    parser.add_argument("--logs", required=True, help="folder for the logs and the record of finished tasks")
+    parser.add_argument("--logs", required=True, help="folder for the logs")
     parser.add_argument("--local", action="store_true", help="run on this machine, without SLURM")
     parser.add_argument("--partition", help="SLURM partition")
     parser.add_argument("--time", default="24:00:00", help="SLURM time limit of a task")
@@ -104,6 +114,9 @@ def main(arguments: list[str]) -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:  # of a stage: what was wrong the task has printed itself
+        print(f"error: {error} Its own message is above; the same command goes on after it is mended.", file=sys.stderr)
+        return 1
     except ImportError as error:
         print(f"error: {error}: install it with pip install datatrove.", file=sys.stderr)
         return 2

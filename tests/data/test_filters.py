@@ -92,3 +92,8 @@ def test_a_mistake_in_filters_is_one_sentence(settings: list, sentence: str) -> 
     with pytest.raises(DataError) as error:
         build_filters(settings)
     assert sentence in str(error.value)
+
+
+def test_a_plug_in_that_judges_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.filters\.DocumentFilter keeps every document: give it a method"):
+        build_filters([{"name": "data.filters.DocumentFilter"}])

@@ -302,7 +302,7 @@ def test_output_with_other_settings_is_refused_before_any_work(
         run(c4_folder, output, TokenizerRequest("train", 299))
     with pytest.raises(DataError, match="made with another tokens_per_file"):
         run(c4_folder, output, tokens_per_file=501)
-    with pytest.raises(DataError, match="made with another dtype and another filters"):
+    with pytest.raises(DataError, match="made with another dtype and other filters"):
         run(c4_folder, output, dtype="uint32", filters=FILTERS)
     write_c4(c4_folder / "part.0.json.gz", texts[30:])
     write_c4(c4_folder / "part.1.json.gz", texts[:30])

@@ -82,6 +82,31 @@ def test_wrong_files_are_refused_and_can_be_skipped(
     assert "a.npy holds no" in (tmp_path / "out" / "train" / "00000" / "skipped.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("written", "read", "remedy"), [("<u4", "uint16", "add dtype=uint32"), ("<u8", "uint32", "as")]
+)
+def test_ids_written_with_a_wider_dtype_are_refused_not_read_with_zeros_between(
+    tmp_path: Path, tokenizer: TextTokenizer, saved: TokenizerRequest, written: str, read: str, remedy: str
+) -> None:
+    write_ids(tmp_path / "ids" / "a.npy", tokenizer, ["Each of these ids is small, and so is its upper half."], written)
+    with pytest.raises(
+        DataError, match=rf"every second id of .*a\.npy is 0: .* wider dtype than {read}, so .*{remedy}"
+    ):
+        prepare(TokenFiles(str(tmp_path / "ids")), saved, tmp_path / "out", PrepareOptions(dtype=read))
+
+
+def test_a_split_in_which_no_document_ends_is_refused_but_a_file_may_hold_the_middle_of_one(
+    tmp_path: Path, tokenizer: TextTokenizer, saved: TokenizerRequest
+) -> None:
+    ids = tmp_path / "ids"
+    ids.mkdir()
+    np.full(100, 7, "<u2").tofile(ids / "a.npy")
+    with pytest.raises(DataError, match=r"no document ends in the 100 tokens of .*train: .* <\|endoftext\|> \(id 0\)"):
+        prepare(TokenFiles(str(ids)), saved, tmp_path / "out", PrepareOptions())
+    write_ids(ids / "b.npy", tokenizer, ["the end of it"])
+    assert prepare(TokenFiles(str(ids)), saved, tmp_path / "both", PrepareOptions())["train"].documents == 1
+
+
 def test_filters_on_token_files_are_refused(tmp_path: Path, tokenizer: TextTokenizer, saved: TokenizerRequest) -> None:
     write_ids(tmp_path / "ids" / "a.npy", tokenizer, ["x"])
     options = PrepareOptions(filters=[{"name": "duplicate"}])

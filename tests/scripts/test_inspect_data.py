@@ -117,6 +117,7 @@ def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsy
         (["{folder}=-1", "--windows", "5", "--sequence-length", "16"], "weight of -1.0"),
         (["{folder}", "--instances", "-3"], "--instances -3 cannot be used"),
         (["{folder}", "--picture", "no/where/x.png"], "--picture no/where/x.png cannot be written"),
+        (["{folder}", "--picture", "x.csv"], "--picture x.csv cannot be drawn: name it .png"),
         (["{folder}", "--sequence-length", "100000", "--instances", "1"], "is longer than the data"),
     ],
 )

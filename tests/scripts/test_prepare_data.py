@@ -85,6 +85,18 @@ def test_the_command_prepares_a_folder_and_leaves_nothing_else(text: Path, tmp_p
         ("source=embedded filters=null", "filters=None is no list: write it as"),
         ("source=embedded output=o tokenizer=train filters=[duplicate]", "filters cannot use duplicate: write each as"),
         ("-m source=embedded", "-m is not an override"),
+        ("source=embedded tokenizer=train output=", "output= is empty: give it a value"),
+        ("source=files source.path= tokenizer=train output=o", "source.path= is empty: give it a value"),
+        ("source=files source.path=x source.validation= tokenizer=t output=o", "source.validation= is empty"),
+        ("source=embedded tokenizer=train output=s3://b/o", "output=s3://b/o is an address: name a folder here"),
+        (
+            "source=files source.path=gs://b/t tokenizer=t output=o",
+            "source.path=gs://b/t is an address: copy its files",
+        ),
+        (
+            "source=embedded output=o tokenizer=train filters=[{name:length,min_tokens:9,max_tokens:5}]",
+            "the filter length cannot use min_tokens=9 with max_tokens=5",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2_before_any_file(
@@ -101,6 +113,15 @@ def test_a_mistake_is_one_sentence_and_status_2_before_any_file(
     assert error.startswith(f"error: {sentence}")
     assert error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_to_train_names_a_folder_that_a_run_can_read(
+    script: ModuleType, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # a run takes no `~`
+    options = ["tokenizer=train", "tokenizer_vocab_size=300", 'output="~/shards"']
+    assert script.main(["source=files", f"source.path={text}", *options]) == 0
+    assert capsys.readouterr().out.endswith(f" data.path={tmp_path}/shards\n")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,33 @@ def test_datatrove_runs_the_tasks_here(tmp_path: Path, overrides: list[str]) -> 
     done = subprocess.run([*command, *overrides, f"output={tmp_path / 'many'}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_the_logs_of_another_output_or_of_a_removed_one_do_not_pass_for_a_preparation(
+    tmp_path: Path, overrides: list[str]
+) -> None:
+    pytest.importorskip("datatrove")
+    command = [sys.executable, SCRIPT, "--tasks", "1", "--local", "--logs", tmp_path / "logs", "--", *overrides]
+    for output in ("one", "two"):
+        subprocess.run([*command, f"output={tmp_path / output}"], check=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    shutil.rmtree(tmp_path / "two")
+    subprocess.run([*command, f"output={tmp_path / 'two'}"], check=True)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_mistake_and_a_failed_task_end_with_one_sentence(tmp_path: Path, overrides: list[str]) -> None:
+    pytest.importorskip("datatrove")
+    (tmp_path / "text" / "4.jsonl").write_text("{bad}\n")
+    overrides[1] = f"source.path={tmp_path / 'text' / '4.jsonl'}"
+    for tasks, status, sentence in (("0", 2, "--tasks 0 cannot be used"), ("1", 1, "ended with status 2. Its own")):
+        command = [sys.executable, SCRIPT, "--tasks", tasks, "--local", "--logs", tmp_path / "logs", "--", *overrides]
+        done = subprocess.run([*command, f"output={tmp_path / 'many'}"], capture_output=True, text=True)
+        assert done.returncode == status
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert sentence in last
+    assert "4.jsonl, line 1: not JSON" in done.stderr
 
 
 def test_slurm_is_asked_for_arrays_that_wait_for_each_other(tmp_path: Path, overrides: list[str]) -> None:
