@@ -430,9 +430,12 @@ def test_a_change_that_is_allowed_by_name_is_taken_and_others_are_still_refused(
     config.training.seed = 3
     with pytest.raises(ConfigError, match=r"training\.seed +0 +3 +cannot change"):
         train(config)
-    config.checkpoint.allow_changes = ["optimiser.lr"]
-    with pytest.raises(ConfigError, match=r"allow_changes=\[optimiser\.lr\] names no key: name data, optimizer\.KEY"):
-        train(config)
+    for run_name in (run_dir.name, "new"):
+        config.run.dir = str(tmp_path / run_name)
+        for word in ("optimiser.lr", "optimizer.lrr", "training.stepss", "dataa", "optimizer"):
+            config.checkpoint.allow_changes = [word]
+            with pytest.raises(ConfigError, match=rf"allow_changes=\[{word}\] names no key: name data, optimizer\.KEY"):
+                train(config)
 
 
 def test_sparse_logging_and_evaluation_keep_their_steps(shards, tmp_path):
