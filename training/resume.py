@@ -223,6 +223,8 @@ def continue_command() -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         hosts = environment.get("GROUP_WORLD_SIZE", "1")
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", environment["LOCAL_WORLD_SIZE"]]
+        if (restarts := environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+            launcher += ["--max-restarts", restarts]  # without them the next lost rank would end the run for good
         if hosts == "1":
             return shlex.join([str(python), *launcher, script, *arguments])
         meeting = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"  # free again once this launch has ended
