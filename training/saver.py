@@ -93,8 +93,8 @@ class CheckpointSaver:
 
     def save(self, state: TrainState, *, delete_old: bool = True) -> None:
         """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs."""
-        self.wait()
         begin = time.perf_counter()
+        self.wait()  # a part of what training waits for: it is long where a write takes longer than the steps between
         permanent = self.config.permanent_every
         state = copy.deepcopy(state)
         state.world_size, state.device = self._world.size, self._world.device.type
@@ -216,7 +216,8 @@ class CheckpointSaver:
     ) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks.
 
-        Training has waited `stalled` seconds for `copying` so far; without a copy it waits for all of this.
+        Training has waited `stalled` seconds so far, for the save before and for `copying`; without a copy it waits for
+        all of this.
         """
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main

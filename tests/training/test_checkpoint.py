@@ -3,8 +3,10 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -189,6 +191,21 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_copy_is_that_of_
     monkeypatch.undo()
     train(short(shards, tmp_path / "run", keep=None))
     assert losses(tmp_path / "run") == losses(saved)
+
+
+def test_the_log_has_the_wait_of_a_save_for_the_one_before(shards, tmp_path, monkeypatch, capsys):
+    original = training.saver._clear
+
+    def clear(path):
+        time.sleep(1.0 if path.name == "step-2" else 0.0)
+        original(path)
+
+    monkeypatch.setattr(training.saver, "_clear", clear)
+    train(short(shards, tmp_path / "run", keep=None))
+    said = re.findall(r"step-(\d) \| .*training waited ([\d.]+) s", capsys.readouterr().out)
+    waited = {step: float(seconds) for step, seconds in said}
+    assert waited.keys() == {"2", "4", "6", "8"}
+    assert waited["4"] > 0.3 > waited["2"]
 
 
 def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
