@@ -161,7 +161,9 @@ class CheckpointSaver:
         """Just before the optimizer's step. At the first one memory for copies is taken: no save waits for it then."""
         self.end_copy()
         if self._asynchronous and self._copy is None and self._world.device.type == "cuda":
-            self._prepare(checkpoint_tensors(*self._parts, range(0), "cuda"))
+            tensors = checkpoint_tensors(*self._parts, range(0), "cuda")
+            with suppress(RuntimeError, MemoryError):  # no host memory: the first save tries again, and says so
+                self._prepare(tensors)
 
     def _prepare(self, tensors: dict[str, Any]) -> HostCopy:
         self._copy = HostCopy({part: tensors[part] for part in COPIED}, self._world.device)

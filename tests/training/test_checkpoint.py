@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
 from training.resume import choose_checkpoint
+from training.saver import CheckpointSaver
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
 from training.trainer import Trainer, train
 
@@ -253,6 +255,21 @@ def test_without_host_memory_for_a_copy_training_waits_and_says_why(
     assert names(tmp_path / "run") == names(saved)
     for path in find_checkpoints(tmp_path / "run"):
         verify(path)
+
+
+def test_without_host_memory_the_first_step_does_not_end_the_run(monkeypatch):
+    """Where the system promises no memory that it lacks, copies fail as soon as they are laid out."""
+
+    def fails(self, tensors, device):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(HostCopy, "__init__", fails)
+    monkeypatch.setattr(training.saver, "checkpoint_tensors", lambda *parts: {"model": {}, "optimizer": {}})
+    saver = CheckpointSaver.__new__(CheckpointSaver)  # as on a GPU, before its first step
+    saver._world = SimpleNamespace(device=torch.device("cuda"))
+    saver._copying, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
+    saver._before_step()
+    assert saver._copy is None
 
 
 def test_a_file_that_reads_back_wrong_gets_no_marker(shards, tmp_path, monkeypatch, capsys):
