@@ -68,6 +68,7 @@ class CheckpointSaver:
         self.run_dir, self.config = run_dir, config
         self.saved_step = 0  # step of the newest checkpoint that was committed or loaded
         self.failure: str | None = None  # why the last save came to nothing
+        self.before_commit: Callable[[], None] = lambda: None  # on the main rank, in the writing thread
         self._parts = (model, optimizer, spikes)
         self._world, self._say, self._watch = world, say, watch
         self._blocks = 0  # written or read back so far, all saves together
@@ -242,7 +243,7 @@ class CheckpointSaver:
         if failure is None:
             failure = self._together(lambda: self._read_back(path, writer.checksums), writer.checksums, sums)
         if failure is None:
-            failure = self._together(lambda: _commit(path, state, sums) if main else None)
+            failure = self._together(lambda: self._commit(path, state, sums) if main else None)
         if not main:
             return failure
         if failure is not None:
@@ -264,6 +265,12 @@ class CheckpointSaver:
                 f"({_one_line(error)})"
             )
         return None
+
+    def _commit(self, path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
+        merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}
+        marker = Marker(state, {name: (path / name).stat().st_size for name in merged}, merged)
+        self.before_commit()
+        marker.write(path)
 
     def _together(
         self, act: Callable[[], str | None], value: Any = None, gathered: list[Any] | None = None
@@ -291,11 +298,6 @@ def _clear(path: Path) -> None:
     if path.exists():
         remove_checkpoint(path)
     path.mkdir(parents=True)
-
-
-def _commit(path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
-    merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}
-    Marker(state, {name: (path / name).stat().st_size for name in merged}, merged).write(path)
 
 
 def _discard(path: Path) -> None:

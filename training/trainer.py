@@ -465,6 +465,7 @@ class Trainer:
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         self.log.rewind(self.last_recorded)
+        self.saver.before_commit = self.log.sync  # a resume makes no record up to its step again
         self.tracker = WandbTracker(
             config.logging.wandb,
             config.run.name,

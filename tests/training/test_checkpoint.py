@@ -19,7 +19,7 @@ import training.saver
 import training.storage
 from models.config import ConfigError
 from tests.shards import tiny_config
-from training.checkpoint import MARKER, find_checkpoints, prune, read_marker, verify
+from training.checkpoint import MARKER, Marker, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
@@ -208,6 +208,27 @@ def test_the_log_has_the_wait_of_a_save_for_the_one_before(shards, tmp_path, mon
     waited = {step: float(seconds) for step, seconds in said}
     assert waited.keys() == {"2", "4", "6", "8"}
     assert waited["4"] > 0.3 > waited["2"]
+
+
+def test_the_records_of_a_checkpoint_are_on_disk_before_its_marker(shards, tmp_path, monkeypatch):
+    """A machine that stops forgets what was written and not synced, and a resume makes no earlier record again."""
+    log, synced, marked = tmp_path / "run" / "metrics.jsonl", [], []
+    fsync, write = os.fsync, Marker.write
+
+    def syncs(descriptor):
+        if log.exists() and os.path.samestat(os.fstat(descriptor), log.stat()):
+            synced.append(read_metrics(log)[-1]["step"])
+        fsync(descriptor)
+
+    def marks(self, path):
+        marked.append((self.state.step, max(synced, default=0)))
+        write(self, path)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(Marker, "write", marks)
+    train(short(shards, tmp_path / "run"))
+    assert [step for step, _ in marked] == [2, 4, 6, 8]
+    assert all(on_disk >= step for step, on_disk in marked)
 
 
 def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
