@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -148,6 +149,8 @@ def copy_(options: argparse.Namespace) -> int:
     partial = options.file.with_name(f"{options.file.name}.partial")
     try:
         save_file(chosen, partial, metadata)
+        os.umask(mask := os.umask(0o077))
+        partial.chmod(0o666 & ~mask)  # as any new file: safetensors lets nobody but its owner read it
         partial.rename(options.file)
     except (SafetensorError, OSError) as error:
         with suppress(OSError):

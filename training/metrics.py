@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -64,6 +64,11 @@ class MetricsLog:
         write_atomically(self.path, b"".join(_to_line(record) for record in kept))
         self.last_step = kept[-1]["step"] if kept else -1
         self._file = self._open()
+
+    def sync(self) -> None:
+        """Have what is written survive a machine that stops; from any thread."""
+        with suppress(OSError):  # records are no reason to go without a checkpoint
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; the records are on disk already, but for those that the system still does not take."""

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
+from pathlib import Path
+
+BOOT = "/proc/sys/kernel/random/boot_id"  # drawn anew whenever a system starts
 
 
 def number_space() -> str:
-    """Where process numbers mean the same: the host and, since containers have their own, the namespace."""
-    try:
-        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return platform.node()
+    """Where process numbers mean the same: the running system and, since containers have their own, the namespace.
+
+    The name of the host is not enough: machines of one image may share it, and all begin with the same namespace.
+    """
+    known = [platform.node()]
+    with suppress(OSError):
+        known.append(Path(BOOT).read_text(encoding="utf-8").strip())
+    with suppress(OSError):
+        known.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(known)
 
 
 def alive(process: int) -> bool:

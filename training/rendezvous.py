@@ -43,12 +43,18 @@ NETWORK = (
 
 
 class Presence:
-    """One rank among `size` that are to meet at the store of `address` and `port`, which one of them `hosts`."""
+    """One rank among `size` that are to meet at the store of `address` and `port`, which one of them `hosts`.
 
-    def __init__(self, rank: int, size: int, address: str, port: int, hosts: bool, attempt: str) -> None:
+    Where none does, the store may have seen earlier starts of the same ranks: each start has a part of it, which rank 0
+    numbers.
+    """
+
+    def __init__(self, rank: int, size: int, address: str, port: int, hosts: bool, attempt: str | None) -> None:
+        """`attempt` names the part of the store that all ranks of this start use; None asks rank 0 for it."""
         self._rank, self._size = rank, size
         self._address, self._port, self._hosts, self._attempt = address, port, hosts, attempt
         self._tcp: dist.Store | None = None  # once the store is reached
+        self._seen = 0, 0  # the newest start that the store knows, and the words of its rank 0
         self._store: dist.Store | None = None  # the part of it for this attempt
         self._trouble = "no answer"  # the last error of the store
         self._ended = False  # the store was there and is gone
@@ -156,18 +162,36 @@ class Presence:
                 return
 
     def _connect(self) -> None:
-        if not self._hosts:  # torch would warn of each attempt
-            socket.create_connection((self._address, self._port), timeout=RETRY).close()
-        self._tcp = dist.TCPStore(
-            self._address,
-            self._port,
-            is_master=self._hosts,
-            timeout=timedelta(seconds=RETRY),
-            wait_for_workers=False,
-        )
+        if self._tcp is None:
+            if not self._hosts:  # torch would warn of each attempt
+                socket.create_connection((self._address, self._port), timeout=RETRY).close()
+            self._tcp = dist.TCPStore(
+                self._address,
+                self._port,
+                is_master=self._hosts,
+                timeout=timedelta(seconds=RETRY),
+                wait_for_workers=False,
+            )
+        if self._attempt is None:
+            self._attempt = self._agree(self._tcp)
         self._store = dist.PrefixStore(f"attempt-{self._attempt}", self._tcp)
         own = f"{self._rank} {os.getpid()}\n"
         self._store.append(f"processes of {number_space()}", own)  # type: ignore[attr-defined]
+
+    def _agree(self, store: dist.Store) -> str:
+        """The number of this start; RuntimeError while rank 0 was not heard in the newest one, which may be over.
+
+        The launcher's count of restarts does not tell: where a host starts its ranks again because another one did,
+        its own count stays, and ranks would look at what is left of an earlier start, or wait for each other in two.
+        """
+        if self._rank == 0:
+            return str(store.add("starts", 1))
+        start = store.add("starts", 0)
+        seen = start, dist.PrefixStore(f"attempt-{start}", store).add("word-0", 0)
+        before, self._seen = self._seen, seen
+        if start == 0 or before[0] != start or before[1] == seen[1]:
+            raise RuntimeError("it has not said a word")
+        return str(start)
 
     def _exchange(self) -> None:
         """Say what this rank knows, and hear what the others do."""
@@ -260,7 +284,8 @@ def presence() -> Presence:
             "name there the host of rank 0 and a free port of it."
         )
     hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")  # of torchrun --max-restarts, at one store
+    # The store of torchrun's agent outlives restarts; one that rank 0 makes does not.
+    attempt = None if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "0"
     return Presence(rank, size, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), hosts, attempt)
 
 

@@ -39,7 +39,9 @@ def entries(run_dir: Path) -> list[dict[str, Any]]:
 def earlier_starts(run_dir: Path) -> list[dict[str, Any]]:
     """Entries of this launch, oldest first: none for the first start of a launch."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    if all(count == "0" for count in counts):
+    # Of several hosts, one that starts its ranks again because another did counts no restart; its agent is the same.
+    counted = os.environ.get("GROUP_WORLD_SIZE", "1") == "1" or "SLURM_JOB_ID" in os.environ
+    if counted and all(count == "0" for count in counts):
         return []
     return [entry for entry in entries(run_dir) if entry.get("launch") == launch()]
 

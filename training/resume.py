@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,6 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     are then verified, and what is damaged is set aside, with a sentence for each on standard error.
     """
     run_dir, resume = Path(config.run.dir), config.checkpoint.resume
-    for key in config.checkpoint.allow_changes:  # a word that was mistyped would allow nothing, and say nothing
-        if not key.startswith((DATA, *MAY_CHANGE_IF_ALLOWED)) and key not in flatten(resolved(config)):
-            raise ConfigError(
-                f"checkpoint.allow_changes=[{key}] names no key: name {DATA}, {CHANGEABLE}, or leave it out."
-            )
     if resume == "never" and earlier_starts(run_dir):
         resume = "auto"  # a launcher repeats the command that began this run
     if resume == "never":
@@ -80,6 +76,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
             raise ConfigError(
                 f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
             )
+        check_allowed(config, flatten(resolved(config)))
         return None
     path = own = _newest(run_dir, locked, watch)
     if resume != "auto":
@@ -114,6 +111,8 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
                 f"{path} was trained with another tokenizer than that of data.path={config.data.paths[0]}: its ids "
                 "mean other text there, so give data of the same tokenizer, or start a new run with another run.name."
             )
+    else:
+        check_allowed(config, flatten(resolved(config)))
     return path
 
 
@@ -156,6 +155,7 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
         path: of the checkpoint, for the message.
     """
     old, new = flatten(saved), flatten(resolved(config))
+    check_allowed(config, old | new)
     allowed = config.checkpoint.allow_changes
     rows: list[tuple[str, ...]] = [("key", "saved", "now", "")]
     refused, askable = [], []
@@ -177,6 +177,18 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
     if not refused:
         remedy = f"keep the old values, or add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}]"
     raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.{table(rows)}")
+
+
+def check_allowed(config: Config, known: Container[str]) -> None:
+    """Raise ConfigError for a word of `checkpoint.allow_changes` that is none of the `known` keys, flat.
+
+    Mistyped, it would allow nothing and say nothing. A key that only the saved configuration has is known, too.
+    """
+    for key in config.checkpoint.allow_changes:
+        if key != DATA and key not in known:
+            raise ConfigError(
+                f"checkpoint.allow_changes=[{key}] names no key: name {DATA}, {CHANGEABLE}, or leave it out."
+            )
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -211,6 +223,8 @@ def continue_command() -> str:
     if "TORCHELASTIC_RUN_ID" in environment:
         hosts = environment.get("GROUP_WORLD_SIZE", "1")
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", environment["LOCAL_WORLD_SIZE"]]
+        if (restarts := environment.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+            launcher += ["--max-restarts", restarts]  # without them the next lost rank would end the run for good
         if hosts == "1":
             return shlex.join([str(python), *launcher, script, *arguments])
         meeting = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"  # free again once this launch has ended

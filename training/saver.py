@@ -68,6 +68,7 @@ class CheckpointSaver:
         self.run_dir, self.config = run_dir, config
         self.saved_step = 0  # step of the newest checkpoint that was committed or loaded
         self.failure: str | None = None  # why the last save came to nothing
+        self.before_commit: Callable[[], None] = lambda: None  # on the main rank, in the writing thread
         self._parts = (model, optimizer, spikes)
         self._world, self._say, self._watch = world, say, watch
         self._blocks = 0  # written or read back so far, all saves together
@@ -93,8 +94,8 @@ class CheckpointSaver:
 
     def save(self, state: TrainState, *, delete_old: bool = True) -> None:
         """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs."""
-        self.wait()
         begin = time.perf_counter()
+        self.wait()  # a part of what training waits for: it is long where a write takes longer than the steps between
         permanent = self.config.permanent_every
         state = copy.deepcopy(state)
         state.world_size, state.device = self._world.size, self._world.device.type
@@ -161,7 +162,9 @@ class CheckpointSaver:
         """Just before the optimizer's step. At the first one memory for copies is taken: no save waits for it then."""
         self.end_copy()
         if self._asynchronous and self._copy is None and self._world.device.type == "cuda":
-            self._prepare(checkpoint_tensors(*self._parts, range(0), "cuda"))
+            tensors = checkpoint_tensors(*self._parts, range(0), "cuda")
+            with suppress(RuntimeError, MemoryError):  # no host memory: the first save tries again, and says so
+                self._prepare(tensors)
 
     def _prepare(self, tensors: dict[str, Any]) -> HostCopy:
         self._copy = HostCopy({part: tensors[part] for part in COPIED}, self._world.device)
@@ -216,7 +219,8 @@ class CheckpointSaver:
     ) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks.
 
-        Training has waited `stalled` seconds for `copying` so far; without a copy it waits for all of this.
+        Training has waited `stalled` seconds so far, for the save before and for `copying`; without a copy it waits for
+        all of this.
         """
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
@@ -239,7 +243,7 @@ class CheckpointSaver:
         if failure is None:
             failure = self._together(lambda: self._read_back(path, writer.checksums), writer.checksums, sums)
         if failure is None:
-            failure = self._together(lambda: _commit(path, state, sums) if main else None)
+            failure = self._together(lambda: self._commit(path, state, sums) if main else None)
         if not main:
             return failure
         if failure is not None:
@@ -261,6 +265,12 @@ class CheckpointSaver:
                 f"({_one_line(error)})"
             )
         return None
+
+    def _commit(self, path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
+        merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}
+        marker = Marker(state, {name: (path / name).stat().st_size for name in merged}, merged)
+        self.before_commit()
+        marker.write(path)
 
     def _together(
         self, act: Callable[[], str | None], value: Any = None, gathered: list[Any] | None = None
@@ -288,11 +298,6 @@ def _clear(path: Path) -> None:
     if path.exists():
         remove_checkpoint(path)
     path.mkdir(parents=True)
-
-
-def _commit(path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
-    merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}
-    Marker(state, {name: (path / name).stat().st_size for name in merged}, merged).write(path)
 
 
 def _discard(path: Path) -> None:

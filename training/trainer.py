@@ -7,6 +7,7 @@ killed, goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import resource
@@ -391,6 +392,7 @@ class Trainer:
             )
 
     def _build_model(self) -> None:
+        gc.collect()  # the model and moments of an earlier job of this process: cycles keep them beside the new ones
         config, world = self.config, self.world
         compute_dtype = world.compute_dtype(config.training.precision)
         compile_backend = world.compile_backend(config.parallel.compile)
@@ -472,6 +474,7 @@ class Trainer:
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         self.log.rewind(self.last_recorded)
+        self.saver.before_commit = self.log.sync  # a resume makes no record up to its step again
         self.tracker = WandbTracker(
             config.logging.wandb,
             config.run.name,

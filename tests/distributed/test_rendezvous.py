@@ -6,8 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from models.config import ConfigError
 from tests.distributed.test_training import ROOT, arguments
@@ -48,6 +51,37 @@ def test_the_sentence_of_a_rank_that_cannot_start_ends_the_others(ranks):
     for rank in (first, second):
         with pytest.raises(ConfigError, match=r"^rank 1 on .*: data\.path=/none holds no token shards$"):
             rank.meet(0, never)
+
+
+def test_what_an_earlier_start_has_left_in_the_store_does_not_end_this_one(port):
+    """torchrun's agent keeps the store; on a host whose own ranks had not failed it gives the same count again."""
+    store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+    made = []
+
+    def start(rank):
+        made.append(Presence(rank, 2, "localhost", port, False, None))
+        made[-1]._aborts = False
+        return made[-1]
+
+    def ends(*ranks):
+        for rank in ranks:
+            rank._close()
+
+    try:
+        first, second = start(0), start(1)
+        assert second.refuse("the disk is gone")
+        ends(first, second)
+        second = start(1)  # rank 0 of the next start comes later
+        with ThreadPoolExecutor() as pool:
+            met = pool.submit(second.meet, 0, never)
+            time.sleep(1)
+            assert not met.done()
+            store_of_first = start(0).meet(0, never)
+            store_of_first.set("key", "value")
+            assert met.result(timeout=20).get("key") == b"value"
+        assert store.add("starts", 0) == 2
+    finally:
+        ends(*made)
 
 
 def test_a_rank_that_is_silent_is_named_to_all_and_one_that_is_heard_is_waited_for(ranks, monkeypatch):

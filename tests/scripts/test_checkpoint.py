@@ -82,6 +82,17 @@ def test_a_copy_is_one_file_that_a_decoder_loads(saved, shards, tmp_path):
     assert main(["copy", str(saved), str(file)]) == 2
 
 
+def test_a_copy_is_readable_for_those_that_may_read_other_files(saved, tmp_path):
+    before = os.umask(0o027)
+    try:
+        assert main(["copy", str(saved), str(tmp_path / "weights.safetensors")]) == 0
+        (tmp_path / "other").touch()
+        modes = [(tmp_path / name).stat().st_mode for name in ("weights.safetensors", "other")]
+    finally:
+        os.umask(before)
+    assert modes[0] == modes[1]
+
+
 def test_prune_keeps_the_newest(run_dir, capsys):
     assert main(["prune", str(run_dir), "--keep", "1"]) == 0
     assert capsys.readouterr().out.count("deleted") == 2

@@ -3,9 +3,12 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +19,12 @@ import training.saver
 import training.storage
 from models.config import ConfigError
 from tests.shards import tiny_config
-from training.checkpoint import MARKER, find_checkpoints, prune, read_marker, verify
+from training.checkpoint import MARKER, Marker, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
 from training.resume import choose_checkpoint
+from training.saver import CheckpointSaver
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
 from training.trainer import Trainer, train
 
@@ -191,6 +195,42 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_copy_is_that_of_
     assert losses(tmp_path / "run") == losses(saved)
 
 
+def test_the_log_has_the_wait_of_a_save_for_the_one_before(shards, tmp_path, monkeypatch, capsys):
+    original = training.saver._clear
+
+    def clear(path):
+        time.sleep(1.0 if path.name == "step-2" else 0.0)
+        original(path)
+
+    monkeypatch.setattr(training.saver, "_clear", clear)
+    train(short(shards, tmp_path / "run", keep=None))
+    said = re.findall(r"step-(\d) \| .*training waited ([\d.]+) s", capsys.readouterr().out)
+    waited = {step: float(seconds) for step, seconds in said}
+    assert waited.keys() == {"2", "4", "6", "8"}
+    assert waited["4"] > 0.3 > waited["2"]
+
+
+def test_the_records_of_a_checkpoint_are_on_disk_before_its_marker(shards, tmp_path, monkeypatch):
+    """A machine that stops forgets what was written and not synced, and a resume makes no earlier record again."""
+    log, synced, marked = tmp_path / "run" / "metrics.jsonl", [], []
+    fsync, write = os.fsync, Marker.write
+
+    def syncs(descriptor):
+        if log.exists() and os.path.samestat(os.fstat(descriptor), log.stat()):
+            synced.append(read_metrics(log)[-1]["step"])
+        fsync(descriptor)
+
+    def marks(self, path):
+        marked.append((self.state.step, max(synced, default=0)))
+        write(self, path)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(Marker, "write", marks)
+    train(short(shards, tmp_path / "run"))
+    assert [step for step, _ in marked] == [2, 4, 6, 8]
+    assert all(on_disk >= step for step, on_disk in marked)
+
+
 def test_synchronous_saves_give_the_same_checkpoint(shards, saved, tmp_path):
     train(short(shards, tmp_path / "run", asynchronous=False, keep=None))
     assert losses(tmp_path / "run") == losses(saved)
@@ -236,6 +276,21 @@ def test_without_host_memory_for_a_copy_training_waits_and_says_why(
     assert names(tmp_path / "run") == names(saved)
     for path in find_checkpoints(tmp_path / "run"):
         verify(path)
+
+
+def test_without_host_memory_the_first_step_does_not_end_the_run(monkeypatch):
+    """Where the system promises no memory that it lacks, copies fail as soon as they are laid out."""
+
+    def fails(self, tensors, device):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(HostCopy, "__init__", fails)
+    monkeypatch.setattr(training.saver, "checkpoint_tensors", lambda *parts: {"model": {}, "optimizer": {}})
+    saver = CheckpointSaver.__new__(CheckpointSaver)  # as on a GPU, before its first step
+    saver._world = SimpleNamespace(device=torch.device("cuda"))
+    saver._copying, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
+    saver._before_step()
+    assert saver._copy is None
 
 
 def test_a_file_that_reads_back_wrong_gets_no_marker(shards, tmp_path, monkeypatch, capsys):

@@ -65,6 +65,16 @@ def test_never_is_about_the_first_start_of_a_launch(config, monkeypatch):
     start(monkeypatch, config, 1)
 
 
+def test_a_host_that_starts_again_because_another_did_continues_without_a_count(config, monkeypatch):
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    config.checkpoint.resume = "never"
+    with pytest.raises(RuntimeError):
+        start(monkeypatch, config, 0, fails_before=7)
+    with pytest.raises(ConfigError, match="never would overwrite"):
+        start(monkeypatch, config, 0, launched_by="second")
+    start(monkeypatch, config, 0)
+
+
 def test_a_requeued_job_is_one_launch_wherever_it_runs(monkeypatch):
     assert launch() is None
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -20,6 +20,10 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE
             "PYTHON -m torch.distributed.run --nproc-per-node 8 train.py a=b training.stop_at=null",
         ),
         (
+            TORCHRUN | {"GROUP_WORLD_SIZE": "1", "TORCHELASTIC_MAX_RESTARTS": "3"},
+            "PYTHON -m torch.distributed.run --nproc-per-node 8 --max-restarts 3 train.py a=b training.stop_at=null",
+        ),
+        (
             TORCHRUN | SLURM | {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "node-1", "MASTER_PORT": "29500"},
             "on each of the 2 hosts, PYTHON -m torch.distributed.run --nproc-per-node 8 --nnodes 2 --rdzv-backend c10d "
             "--rdzv-endpoint node-1:29500 --rdzv-id first train.py a=b training.stop_at=null",
@@ -34,10 +38,10 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE
             "on every rank, with RANK and WORLD_SIZE as they were, PYTHON train.py a=b training.stop_at=null",
         ),
     ],
-    ids=["one process", "in an allocation", "one host", "hosts", "slurm", "by hand"],
+    ids=["one process", "in an allocation", "one host", "restarts", "hosts", "slurm", "by hand"],
 )
 def test_the_command_that_continues_starts_all_ranks(environment, command, monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "GROUP_WORLD_SIZE", "RANK", *SLURM):
+    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE", "RANK", *SLURM):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

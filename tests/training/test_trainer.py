@@ -1,11 +1,13 @@
 """Whole runs of a two-layer model on one process: what they leave, how they resume, what they refuse."""
 
+import gc
 import json
 import math
 import multiprocessing
 import os
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from training.checkpoint import find_checkpoints
 from training.config import TrainingError
 from training.lock import run_lock
 from training.metrics import read_metrics
+from training.optimizer import build_optimizer
 from training.preflight import preflight
 from training.trainer import train
 
@@ -430,9 +433,32 @@ def test_a_change_that_is_allowed_by_name_is_taken_and_others_are_still_refused(
     config.training.seed = 3
     with pytest.raises(ConfigError, match=r"training\.seed +0 +3 +cannot change"):
         train(config)
-    config.checkpoint.allow_changes = ["optimiser.lr"]
-    with pytest.raises(ConfigError, match=r"allow_changes=\[optimiser\.lr\] names no key: name data, optimizer\.KEY"):
-        train(config)
+    for run_name in (run_dir.name, "new"):
+        config.run.dir = str(tmp_path / run_name)
+        for word in ("optimiser.lr", "optimizer.lrr", "training.stepss", "dataa", "optimizer"):
+            config.checkpoint.allow_changes = [word]
+            with pytest.raises(ConfigError, match=rf"allow_changes=\[{word}\] names no key: name data, optimizer\.KEY"):
+                train(config)
+
+
+def test_a_job_of_a_sweep_does_not_keep_the_weights_of_the_one_before(shards, tmp_path, monkeypatch):
+    weights, alive = [], []
+
+    def build(model, config):
+        alive.append([weight() is not None for weight in weights])
+        weights.append(weakref.ref(model.embedding.weight))
+        return build_optimizer(model, config)
+
+    monkeypatch.setattr(training.trainer, "build_optimizer", build)
+    gc.disable()
+    try:
+        for name in "ab":
+            config = tiny_config(shards, tmp_path / name)
+            config.training.steps = 2
+            train(config)
+    finally:
+        gc.enable()
+    assert alive == [[], [False]]
 
 
 def test_sparse_logging_and_evaluation_keep_their_steps(shards, tmp_path):
