@@ -17,6 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from training.host_memory import available_memory
+
+SPARE_BYTES = 2**31  # of host memory that copies leave: a system that runs out of it ends processes
 GROUP_BYTES = 2**26  # tensors are page-locked together up to here: a call for each small one would cost more
 ALIGNMENT = 512  # bytes
 
@@ -46,8 +49,15 @@ class HostCopy:
         """
         if self._stream is None:
             return
+        needed = sum(_rounded(leaf.nbytes) for leaf in _leaves(self.tensors))
         for group in _groups(_leaves(self.tensors)):
             sizes = [_rounded(leaf.nbytes) for leaf in group]
+            free = available_memory()  # anew for each group: other ranks of the host take theirs at the same time
+            if free is not None and free < sum(sizes) + SPARE_BYTES:
+                raise MemoryError(
+                    f"copies of {needed / 1e9:.1f} GB leave less than {SPARE_BYTES / 1e9:.1f} GB of host memory: "
+                    f"{free / 1e9:.1f} GB are free"
+                )
             memory = torch.zeros(sum(sizes), dtype=torch.uint8)  # written, so that its pages exist when they are locked
             if memory.numel():
                 status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
