@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import norm_rotary
+from models import kernels, norm_rotary, swiglu
 from models.config import ModelConfig
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: [batch or 1, time, 1, head_dim / 2], fp32
@@ -71,9 +71,11 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, hidden_size] to the same."""
+        if kernels.available(x.device, x.dtype):
+            return self.down_proj(swiglu.swiglu(self.gate_up_proj(x)))
         weights = self.gate_up_proj.weight.chunk(2)
         biases = (None, None) if self.gate_up_proj.bias is None else self.gate_up_proj.bias.chunk(2)
-        # Two products: the gradient of one product of both would be concatenated, at twice the bytes.
+        # Two products: the gradient of one of both would be concatenated, at twice the bytes.
         gate, up = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
         return self.down_proj(F.silu(gate) * up)
 
@@ -97,7 +99,7 @@ class HeadNorms(nn.Module):
 
         `q_norm` is that of the queries, None for a product without any.
         """
-        if not isinstance(self.k_norm, RMSNorm) or not norm_rotary.available(product.device, product.dtype):
+        if not isinstance(self.k_norm, RMSNorm) or not kernels.available(product.device, product.dtype):
             return None
         q_weight = q_norm.weight if isinstance(q_norm, RMSNorm) else None
         k_weight, eps, head_dim = self.k_norm.weight, self.k_norm.eps, self.heads[1]

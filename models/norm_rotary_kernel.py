@@ -11,8 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, WARPS = 1, 2  # the fastest of 1 to 8 rows and 2 to 8 warps on an H100, for products with and without queries
-BACKWARD_PROGRAMS = 2112  # sixteen for each multiprocessor of a Hopper GPU
+# The fastest of 1, 2 and 4 rows and warps, and of 528 to 4224 programs, on an H100; two rows of more than NARROW, or of
+# less in more warps, take half as long again.
+ROWS, NARROW, WARPS = 2, 512, 1
+BACKWARD_PROGRAMS = 1056  # eight for each multiprocessor of a Hopper GPU
 
 
 @triton.jit
@@ -182,10 +184,9 @@ def forward(
         torch.empty(batch, time, width // head_dim, head_dim, dtype=product.dtype, device=product.device)
         for width in (len(q_weight), len(k_weight), len(k_weight))
     )
+    sizes = _sizes(product, q_weight, k_weight, cos, head_dim, eps)
     with torch.cuda.device_of(product):
-        _forward[(triton.cdiv(batch * time, ROWS),)](
-            product, q_weight, k_weight, cos, sin, q, k, v, **_sizes(product, q_weight, k_weight, cos, head_dim, eps)
-        )
+        _forward[(triton.cdiv(batch * time, sizes["ROWS"]),)](product, q_weight, k_weight, cos, sin, q, k, v, **sizes)
     return q, k, v
 
 
@@ -203,7 +204,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of product and of both weights, in their shapes and dtypes; all arguments contiguous."""
     tokens, widths = product.shape[0] * product.shape[1], (len(q_weight), len(k_weight))
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(tokens, ROWS))
+    sizes = _sizes(product, q_weight, k_weight, cos, head_dim, eps)
+    programs = min(BACKWARD_PROGRAMS, triton.cdiv(tokens, sizes["ROWS"]))
     dproduct = torch.empty_like(product)
     sums = torch.empty(programs, sum(widths), dtype=torch.float32, device=product.device)
     with torch.cuda.device_of(product):
@@ -218,7 +220,7 @@ def backward(
             sin,
             dproduct,
             sums,
-            **_sizes(product, q_weight, k_weight, cos, head_dim, eps),
+            **sizes,
         )
     dq_weight, dk_weight = sums.sum(0).split(widths)
     return dproduct, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True)
@@ -232,6 +234,7 @@ def _sizes(
     assert width == len(q_weight) + 2 * len(k_weight)
     assert cos.shape[1:] == (time, 1, head_dim // 2)
     assert cos.shape[0] in (1, batch)
+    halves = [triton.next_power_of_2(max(2, len(weight)) // 2) for weight in (q_weight, k_weight)]
     return {
         "tokens": batch * time,
         "time": time,
@@ -240,8 +243,8 @@ def _sizes(
         "QW": len(q_weight),
         "KW": len(k_weight),
         "D": head_dim,
-        "QP": triton.next_power_of_2(max(2, len(q_weight)) // 2),
-        "KP": triton.next_power_of_2(len(k_weight) // 2),
-        "ROWS": ROWS,
+        "QP": halves[0],
+        "KP": halves[1],
+        "ROWS": ROWS if max(halves) <= NARROW else 1,
         "num_warps": WARPS,
     }

@@ -4,7 +4,8 @@
 In: token shards. First a run of train.py on all GPUs, `--every` steps without checkpoints and twice as many with one
 every `--every`: how long training waits for each, and its throughput against that without. Then a run of the same
 configuration that is killed (SIGKILL of all ranks) and continued on each number of GPUs of `--resume-on`, one after the
-other; its losses against those of the first run. Out: `checkpoints.json` and the logs in DIR, the result as Markdown.
+other; its losses against those of the first run. More ranks than there are GPUs share them. Out: `checkpoints.json` and
+the logs in DIR, the result as Markdown.
 Checkpoints (three at most at a time) go to a temporary folder in `--scratch`, and are deleted.
 
     --cost-only       without the run that is killed
@@ -47,6 +48,10 @@ SECTION, PAGE = PageSection("checkpoints", "scripts/benchmark_checkpoints.py"), 
 WARMUP = 20  # steps at the most that are left out at the start
 AFTER = 20  # steps that are compared after a resume
 TIMEOUT = 900  # seconds that a run may take
+# A rank that shares its GPU: NCCL takes it for one of another host, and wants a network between them.
+SHARED = """gpus=(${{CUDA_VISIBLE_DEVICES//,/ }}); [ ${{#gpus[@]}} -gt 0 ] || gpus=({gpus})
+export CUDA_VISIBLE_DEVICES=${{gpus[LOCAL_RANK % ${{#gpus[@]}}]}} NCCL_HOSTID=host-$LOCAL_RANK NCCL_SOCKET_IFNAME=lo
+LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 exec "$@" """
 SAVED = re.compile(r"checkpoint \S+step-(\d+) \| ([\d,.]+) MB in ([\d.]+) s, training waited(?: ([\d.]+) s)?")
 
 
@@ -111,12 +116,8 @@ def kill_and_resume(options: argparse.Namespace, run_dir: Path, undisturbed: lis
     # More often, so that there is one soon; the interval changes no loss.
     results: dict[str, Any] = broken.kill(options.gpus, f"checkpoint.every={AFTER}")
     before = read_metrics(broken.run_dir / "metrics.jsonl")
-    results |= {"apart_before": largest(undisturbed, before), "resumed": [], "skipped": []}
+    results |= {"apart_before": largest(undisturbed, before), "gpus": torch.cuda.device_count(), "resumed": []}
     for ranks in options.resume_on:
-        if ranks > torch.cuda.device_count() > 0:
-            say(f"SKIPPED: a resume on {ranks} GPUs, as there are {torch.cuda.device_count()} here")
-            results["skipped"].append(ranks)
-            continue
         step = read_marker(find_checkpoints(broken.run_dir)[-1]).state.step
         last = min(step + AFTER, 3 * options.every)
         broken.finish(ranks, f"checkpoint.every={options.every}", f"training.stop_at={last}")
@@ -170,13 +171,18 @@ class Runs:
 
     def _start(self, ranks: int, overrides: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], Path]:
         options = self.options
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *(torchrun if ranks > 1 else []), str(ROOT / "train.py")]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, str(ROOT / "train.py")]
+        if ranks > (gpus := torch.cuda.device_count()) > 0:
+            sharing = SHARED.format(gpus=" ".join(map(str, range(gpus))))
+            command = [*torchrun, "--no-python", "bash", "-c", sharing, "bash", *command]
+        elif ranks > 1:
+            command = [*torchrun, *command[1:]]
         command += [
             f"model={options.model}",
             f"data.path={options.data.resolve()}",
             f"data.sequence_length={options.time}",
-            f"training.micro_batch_size={options.micro_batch}",
+            f"training.micro_batch_size={min(options.micro_batch, options.batch // ranks)}",
             f"training.global_batch_size={options.batch}",
             "training.steps=1000",
             "schedule.warmup_steps=100",
@@ -239,6 +245,9 @@ def render(results: dict[str, Any]) -> str:
     def seconds(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f} s"
 
+    def shared(ranks: int) -> str:
+        return f", on {results['gpus']} GPUs" if ranks > results["gpus"] > 0 else ""
+
     rows = [
         f"| {row['step']} | {row['bytes'] / 1e9:.2f} GB | {seconds(row['staging_seconds'])} | "
         f"{seconds(row['stall_seconds'])} | {seconds(row['write_seconds'])} |"
@@ -256,10 +265,9 @@ def render(results: dict[str, Any]) -> str:
     if "killed_at" not in results:
         return "\n\n".join(parts)
     resumed = [
-        f"| {row['ranks']} | {row['from']} | {row['from'] + 1}–{row['to']} | {row['apart']:.1e} |"
+        f"| {row['ranks']}{shared(row['ranks'])} | {row['from']} | {row['from'] + 1}–{row['to']} | {row['apart']:.1e} |"
         for row in results["resumed"]
     ]
-    resumed += [f"| {ranks} | skipped: not so many GPUs here | | |" for ranks in results["skipped"]]
     parts += [
         f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {results['lost']} steps were made again. "
         f"Until then its losses and those of the undisturbed run differed by {results['apart_before']:.1e} at most.",

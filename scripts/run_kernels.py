@@ -24,10 +24,11 @@ import torch
 import moda
 from models.cross_entropy import linear_cross_entropy
 from models.norm_rotary import norm_rotary
+from models.swiglu import swiglu
 from scripts.kernel_benchmarks import depth
 
 ATTENTION = ("fused", "fused with documents", "fused without slots", "fused in fp32")
-NAMES = (*depth.KERNELS, *ATTENTION, "norm_rotary", "loss")
+NAMES = (*depth.KERNELS, *ATTENTION, "norm_rotary", "swiglu", "loss")
 
 
 def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None]:
@@ -46,6 +47,9 @@ def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None
         product, angles = random(1, tokens, (group + 2) * 8 * 64), torch.randn(1, tokens, 1, 32, device="cuda")
         weights = random(group * 8 * 64), random(8 * 64)
         return partial(_both_ways, lambda: norm_rotary(product, *weights, angles.cos(), angles.sin(), 64, 1e-6))
+    if name == "swiglu":
+        product = random(tokens, 2 * 1333)
+        return partial(_both_ways, lambda: (swiglu(product),))
     q, k, v = (random(1, tokens, heads, 64) for heads in (8 * group, 8, 8))
     keys, values = (None, None) if "without" in name else (random(slots, 1, tokens, 8, 64) for _ in range(2))
     cu_seqlens = torch.tensor([0, 1, tokens // 3, tokens], device="cuda") if "documents" in name else None

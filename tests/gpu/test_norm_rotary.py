@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models import norm_rotary
+from models.kernels import available
 from tests.models.test_norm_rotary import SHAPES, case, check, results
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
@@ -13,7 +14,7 @@ LARGE = [(2, 1000, 16, 8, 64, False), (1, 515, 24, 12, 64, True), (1, 333, 0, 8,
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
 def test_outputs_and_gradients_are_those_of_the_layers(shape, dtype):
-    assert norm_rotary.available(torch.device("cuda"), dtype)
+    assert available(torch.device("cuda"), dtype)
     check(shape, dtype, "cuda", TOLERANCE[dtype])
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from moda import kernels
 from models import norm_rotary
+from models.kernels import available
 from models.layers import rotary_tables, rotate
 from tests.moda.interpreter import run_interpreted
 
@@ -70,18 +71,19 @@ if not kernels.INTERPRETED:
         run_interpreted(__file__, "not in_the_interpreter")
 
     def test_the_layers_keep_to_pytorch_where_no_kernel_runs():
-        assert not norm_rotary.available(torch.device("cpu"), torch.bfloat16)
-        assert not norm_rotary.available(torch.device("meta"), torch.bfloat16)
+        assert not available(torch.device("cpu"), torch.bfloat16)
+        assert not available(torch.device("meta"), torch.bfloat16)
 
 else:
     from models import norm_rotary_kernel
     from tests.models.plain import build, small, tokens
 
-    @pytest.mark.parametrize("programs", [2112, 2])
+    @pytest.mark.parametrize("programs", [1056, 2])
+    @pytest.mark.parametrize("narrow", [512, 0])
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_outputs_and_gradients_are_those_of_the_layers(shape, programs, monkeypatch):
+    def test_outputs_and_gradients_are_those_of_the_layers(shape, narrow, programs, monkeypatch):
         monkeypatch.setattr(norm_rotary_kernel, "BACKWARD_PROGRAMS", programs)
-        monkeypatch.setattr(norm_rotary_kernel, "ROWS", 2)
+        monkeypatch.setattr(norm_rotary_kernel, "NARROW", narrow)
         check(shape, torch.float32, "cpu", 1e-6)
 
     def test_the_operator_is_a_good_citizen():
@@ -98,7 +100,7 @@ else:
             return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
         loss, gradients = run()
-        monkeypatch.setattr(norm_rotary, "available", lambda device, dtype: False)
+        monkeypatch.setattr("models.kernels.available", lambda device, dtype: False)
         want_loss, want = run()
         torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
         for got, wanted in zip(gradients, want, strict=True):

@@ -1,11 +1,12 @@
 """scripts/benchmark_checkpoints.py: a whole measurement on a tiny model, and the arithmetic of its table."""
 
 import json
+import subprocess
 
 import pytest
 
 from scripts import benchmark_checkpoints
-from scripts.benchmark_checkpoints import cost, largest, main
+from scripts.benchmark_checkpoints import SHARED, cost, largest, main
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "head_dim=8", "intermediate_size=48"]
 SHAPE = ["--model", "moda_tiny", "--time", "16", "--micro-batch", "2", "--batch", "4", "--set=training.device=cpu"]
@@ -63,6 +64,18 @@ def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
     arguments = ["--data", str(shards), "--out", str(tmp_path), "--gpus", "1", "--set=model.norm=x"]
     assert main([*arguments, *SHAPE]) == 1
     assert "error: model.norm=x cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("visible", "own"), [(None, "1"), ("2,5", "5"), ("7", "7")])
+def test_ranks_share_the_gpus_there_are(visible, own, monkeypatch):
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    shown = 'echo "$CUDA_VISIBLE_DEVICES $LOCAL_RANK $LOCAL_WORLD_SIZE $NCCL_HOSTID $1"'
+    command = ["bash", "-c", SHARED.format(gpus="0 1"), "bash", "bash", "-c", shown, "bash", "a=b c"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == f"{own} 0 1 host-3 a=b c\n"
 
 
 def test_the_documentation_has_the_marks_of_its_section():
