@@ -38,7 +38,7 @@ class Configuration(NamedTuple):
     block: int  # rows a program (vector); slots, or queries of readers, a product (tensor)
     warps: int
     stages: int  # loads in flight, in iterations
-    rows: int = 1  # rows a program (tensor, backward to the queries): a batch of products, best with as many warps
+    rows: int = 1  # rows a product (tensor, backward to the queries)
 
 
 # By kernel, the first line that fits: largest group, largest head_dim (padded to a power of two), configuration. The
@@ -66,7 +66,8 @@ HALF: dict[str, list[tuple[int, int, Configuration]]] = {
     "gradients": [
         (4, 32, Configuration(0, 32, 4, 3)),
         (2, 64, Configuration(0, 8, 2, 3)),
-        (32, 64, Configuration(1, 16, 4, 3, rows=4)),
+        (8, 64, Configuration(1, 16, 2, 3, rows=2)),
+        (32, 64, Configuration(1, 16, 1, 4)),
         (4, 128, Configuration(0, 8, 4, 4)),
         (32, 128, Configuration(1, 32, 4, 2)),
         (MAX_GROUP, 128, Configuration(1, 32, 8, 2)),
@@ -231,8 +232,7 @@ def depth_backward_query(
         assert q.data_ptr() % ALIGNMENT == do.data_ptr() % ALIGNMENT == 0
     assert (dk is None) == (dv is None)
     launch = _launch(config, "query" if dk is None else "gradients", head_dim, group, q.dtype)
-    tensor = depth_query.backward_tensor if launch.rows == 1 else depth_query.backward_rows
-    kernel, programs, padded = _by_row(launch, depth_query.backward_vector, tensor, rows, group)
+    kernel, programs, padded = _by_row(launch, depth_query.backward_vector, depth_query.backward_tensor, rows, group)
     with torch.cuda.device_of(q):
         kernel[(programs,)](
             do,
@@ -264,7 +264,7 @@ def depth_backward_query(
             DELTA_FROM_O=o is not None,
             LEAVE=address is not None,
             SLOT_GRADIENTS=dk is not None,
-            **({} if launch.rows == 1 else {"ROWS": launch.rows}),
+            **({"ROWS": launch.rows} if launch.tensor else {}),
             num_warps=launch.warps,
         )
 
@@ -362,7 +362,7 @@ def _launch(config: Sequence[int] | None, kernel: str, head_dim: int, group: int
 def _by_row(launch: Configuration, vector, tensor, rows: int, group: int):
     """The kernel of a configuration, its number of programs, and the group as it is padded there."""
     if launch.tensor:
-        return tensor, triton.cdiv(rows, launch.rows), max(16, _power_of_two(group))
+        return tensor, triton.cdiv(rows, launch.rows), max(16 // launch.rows, _power_of_two(group))
     return vector, triton.cdiv(rows, launch.block), _power_of_two(group)
 
 
