@@ -38,6 +38,7 @@ class Configuration(NamedTuple):
     block: int  # rows a program (vector); slots, or queries of readers, a product (tensor)
     warps: int
     stages: int  # loads in flight, in iterations
+    rows: int = 1  # rows a product (tensor, backward to the queries)
 
 
 # By kernel, the first line that fits: largest group, largest head_dim (padded to a power of two), configuration. The
@@ -65,6 +66,7 @@ HALF: dict[str, list[tuple[int, int, Configuration]]] = {
     "gradients": [
         (4, 32, Configuration(0, 32, 4, 3)),
         (2, 64, Configuration(0, 8, 2, 3)),
+        (8, 64, Configuration(1, 16, 2, 3, rows=2)),
         (32, 64, Configuration(1, 16, 1, 4)),
         (4, 128, Configuration(0, 8, 4, 4)),
         (32, 128, Configuration(1, 32, 4, 2)),
@@ -165,6 +167,7 @@ def depth_forward(
     if slots == 0:
         return
     launch = _launch(config, "forward", head_dim, group, q.dtype)
+    assert launch.rows == 1
     kernel, programs, padded = _by_row(launch, depth_query.forward_vector, depth_query.forward_tensor, rows, group)
     with torch.cuda.device_of(q):
         kernel[(programs,)](
@@ -261,6 +264,7 @@ def depth_backward_query(
             DELTA_FROM_O=o is not None,
             LEAVE=address is not None,
             SLOT_GRADIENTS=dk is not None,
+            **({"ROWS": launch.rows} if launch.tensor else {}),
             num_warps=launch.warps,
         )
 
@@ -311,6 +315,7 @@ def depth_backward_slots(
     assert (add_dk is None) == (add_dv is None)
     assert (partial_dk is None) == (partial_dv is None)
     launch = _launch(config, "slots" if slots <= 2 else "block", head_dim, group, k.dtype)
+    assert launch.rows == 1
     block = min(MAX_SLOT_BLOCK, _power_of_two(slots))
     if launch.tensor:
         kernel, programs, block = depth_slots.slots_tensor, rows, MAX_SLOT_BLOCK
@@ -357,7 +362,7 @@ def _launch(config: Sequence[int] | None, kernel: str, head_dim: int, group: int
 def _by_row(launch: Configuration, vector, tensor, rows: int, group: int):
     """The kernel of a configuration, its number of programs, and the group as it is padded there."""
     if launch.tensor:
-        return tensor, rows, max(16, _power_of_two(group))
+        return tensor, triton.cdiv(rows, launch.rows), max(16 // launch.rows, _power_of_two(group))
     return vector, triton.cdiv(rows, launch.block), _power_of_two(group)
 
 

@@ -5,6 +5,9 @@ in units of rows nothing else is left of the layout: keys and values of a slot a
 and programs read memory in order. Of each idea there are two kernels. `vector` takes a block of rows through one slot
 at a time, in plain arithmetic; `tensor` takes one row through a block of slots, with its G queries as the rows of
 tensor-core products. GP, DP are G, D padded to powers of two (GP to 16 for products); what is padded is masked.
+Backward's `tensor` takes ROWS neighbouring rows as one product, of whose scores only those of a row's own queries and
+keys count (nothing more is computed where ROWS * G is at most 16). What it reads and writes of a slot at once is ROWS
+times as long: where slots are written as well, memory takes that better.
 
 lse alone may have any strides: it is the buffer of the sequence part, [batch, time, query_heads] in a vendor's order.
 """
@@ -297,43 +300,54 @@ def backward_tensor(
     DELTA_FROM_O: tl.constexpr,
     LEAVE: tl.constexpr,
     SLOT_GRADIENTS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
     pid = tl.program_id(0)
-    row = pid.to(tl.int64)
-    g, j, d = tl.arange(0, GP), tl.arange(0, BLOCK), tl.arange(0, DP)
-    in_q = (g < G)[:, None] & (d < D)[None, :]
-    at_rows = row * G + g
+    start = pid.to(tl.int64) * ROWS
+    query, key, d = tl.arange(0, ROWS * GP), tl.arange(0, ROWS * BLOCK), tl.arange(0, DP)
+    i, g = query // GP, query % GP
+    # The rows of a slot are neighbours in memory, and so they are among the keys.
+    j, at_row = key // ROWS, key % ROWS
+    own = i[:, None] == at_row[None, :]
+    in_rows = (pid * ROWS + at_row < rows)[:, None]
+    in_lse = (pid * ROWS + i < rows) & (g < G)
+    in_q = in_lse[:, None] & (d < D)[None, :]
+    at_rows = start * G + i * G + g
     at_q = at_rows[:, None] * D + d[None, :]
-    at_lse = lse_offsets(pid, g, time, kv_heads, lse_batch_stride, lse_time_stride, lse_head_stride, G)
-    at_kv = j[:, None].to(tl.int64) * slot_stride + d[None, :]
+    at_lse = lse_offsets(pid * ROWS + i, g, time, kv_heads, lse_batch_stride, lse_time_stride, lse_head_stride, G)
+    at_kv = j[:, None].to(tl.int64) * slot_stride + at_row[:, None] * D + d[None, :]
     step = slot_stride.to(tl.int64) * BLOCK
-    keys += row * D
-    values += row * D
+    keys += start * D
+    values += start * D
 
     queries = tl.load(q + at_q, mask=in_q, other=0.0)
     grads = tl.load(do + at_q, mask=in_q, other=0.0)
-    lse_rows = tl.load(lse + at_lse, mask=g < G, other=0.0)
+    lse_rows = tl.load(lse + at_lse, mask=in_lse, other=0.0)
     if DELTA_FROM_O:
         out = tl.load(o + at_q, mask=in_q, other=0.0)
         delta_rows = tl.sum(out.to(tl.float32) * grads.to(tl.float32), 1)
-        tl.store(delta + at_rows, delta_rows, mask=g < G)
+        tl.store(delta + at_rows, delta_rows, mask=in_lse)
     else:
-        delta_rows = tl.load(delta + at_rows, mask=g < G, other=0.0)
+        delta_rows = tl.load(delta + at_rows, mask=in_lse, other=0.0)
     if LEAVE:
         if pid == 0:
             leave(address, q, do)
-        tl.store(reader_lse + at_rows, lse_rows, mask=g < G)
+        tl.store(reader_lse + at_rows, lse_rows, mask=in_lse)
     lse_rows *= LOG2E
-    acc = tl.zeros([GP, DP], tl.float32)
+    acc = tl.zeros([ROWS * GP, DP], tl.float32)
     if SLOT_GRADIENTS:
-        at_gradient = j[:, None].to(tl.int64) * gradient_stride + d[None, :]
+        at_gradient = j[:, None].to(tl.int64) * gradient_stride + at_row[:, None] * D + d[None, :]
         gradient_step = gradient_stride.to(tl.int64) * BLOCK
-        dk += row * D
-        dv += row * D
+        dk += start * D
+        dv += start * D
     for first in tl.range(0, slots, BLOCK, num_stages=STAGES):
         written = j < slots - first
         in_kv = written[:, None] & (d < D)[None, :]
+        counted = written[None, :]
+        if ROWS > 1:
+            in_kv &= in_rows
+            counted &= own
         k = tl.load(keys + at_kv, mask=in_kv, other=0.0)
         v = tl.load(values + at_kv, mask=in_kv, other=0.0)
         if FULL:
@@ -341,7 +355,7 @@ def backward_tensor(
         else:
             s = tl.dot(queries, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         # Slots past the end have score 0 and, where lse is very negative, an infinite p.
-        p = tl.where(written[None, :], exp2(s - lse_rows[:, None]), 0.0)
+        p = tl.where(counted, exp2(s - lse_rows[:, None]), 0.0)
         dp = tl.dot(grads, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta_rows[:, None]) * scale).to(k.dtype)
         acc = add_product(ds, k, acc, FULL)

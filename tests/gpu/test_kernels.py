@@ -24,6 +24,7 @@ SHAPES = [
     (2, 64, 2, 32, 64, 65),
 ]
 CONFIGS = {"vector": Configuration(0, 8, 2, 3), "tensor": Configuration(1, 32, 2, 2)}
+ROWS = {rows: Configuration(1, 16, rows, 2, rows=rows) for rows in (2, 4, 8)}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -44,6 +45,14 @@ def test_both_ways_of_a_kernel_serve_every_shape(shape, config):
     case.check("o lse", *forward(case, CONFIGS[config]), 5e-3)
     case.check("dq delta dk dv", *backward_query(case, CONFIGS[config], everything=True), 5e-3)
     case.check("dk dv", *backward_slots(case, 0, 3, CONFIGS[config], given=True), 5e-3)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_several_rows_a_program_serve_every_shape(shape, rows):
+    case = Case(shape, torch.bfloat16, "cuda")
+    case.check("dq", *backward_query(case, ROWS[rows]), 5e-3)
+    case.check("dq delta dk dv", *backward_query(case, ROWS[rows], everything=True), 5e-3)
 
 
 @pytest.mark.parametrize("group", [2, 8])

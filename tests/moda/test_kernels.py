@@ -30,7 +30,9 @@ else:
 
     TOLERANCE = 1e-5
     VECTOR, TENSOR = Configuration(0, 4, 4, 2), Configuration(1, 16, 1, 2)
+    ROWS = Configuration(1, 16, 4, 2, rows=4)
     CONFIGS = {"table": None, "vector": VECTOR, "tensor": TENSOR}
+    QUERY_CONFIGS = {**CONFIGS, "rows": ROWS}  # of the backward to the queries
 
     # batch, time, kv_heads, group, head_dim, slots
     SHAPES = [
@@ -58,24 +60,24 @@ else:
 
     EXTREMES = [{"spread": 30.0}, {"dominant": 50.0}, {"spread": 0.0}]
 
-    @pytest.mark.parametrize("config", ["vector", "tensor"])
+    @pytest.mark.parametrize("config", ["vector", "tensor", "rows"])
     @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
     def test_forward_and_query_hold_for_extreme_logits(extreme, config):
         case = Case((1, 6, 1, 2, 32, 5), torch.float32, **extreme)
-        case.check("o lse", *forward(case, CONFIGS[config]), TOLERANCE)
-        case.check("dq delta dk dv", *backward_query(case, CONFIGS[config], everything=True), TOLERANCE)
+        case.check("o lse", *forward(case, CONFIGS.get(config)), TOLERANCE)
+        case.check("dq delta dk dv", *backward_query(case, QUERY_CONFIGS[config], everything=True), TOLERANCE)
 
-    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("config", QUERY_CONFIGS)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_query_gradients_equal_the_reference(shape, config):
         case = Case(shape, torch.float32)
-        case.check("dq", *backward_query(case, CONFIGS[config]), TOLERANCE)
+        case.check("dq", *backward_query(case, QUERY_CONFIGS[config]), TOLERANCE)
 
-    @pytest.mark.parametrize("config", CONFIGS)
+    @pytest.mark.parametrize("config", QUERY_CONFIGS)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_query_pass_computes_delta_and_slot_gradients_and_leaves_copies(shape, config):
         case = Case(shape, torch.float32)
-        case.check("dq delta dk dv", *backward_query(case, CONFIGS[config], everything=True), TOLERANCE)
+        case.check("dq delta dk dv", *backward_query(case, QUERY_CONFIGS[config], everything=True), TOLERANCE)
 
     def test_query_pass_over_no_slots_still_computes_delta():
         case = Case((1, 2, 1, 2, 32, 0), torch.float32)
@@ -105,12 +107,16 @@ else:
         got, _ = backward_slots(case, 1, 1, CONFIGS[config])
         assert not any(g.any() for g in got)
 
-    @pytest.mark.parametrize("config", ["vector", "tensor"])
+    @pytest.mark.parametrize("config", QUERY_CONFIGS)
     def test_same_bits_from_the_same_inputs(config):
         def run():
             case = Case((2, 5, 2, 2, 32, 7), torch.float32, readers=3)
-            results = [forward(case, CONFIGS[config]), backward_query(case, CONFIGS[config], everything=True)]
-            return [t for got, _ in [*results, backward_slots(case, 0, 3, CONFIGS[config], given=True)] for t in got]
+            results = [
+                forward(case, CONFIGS.get(config)),
+                backward_query(case, QUERY_CONFIGS[config], everything=True),
+                backward_slots(case, 0, 3, CONFIGS.get(config), given=True),
+            ]
+            return [t for got, _ in results for t in got]
 
         assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
