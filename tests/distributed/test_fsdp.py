@@ -7,8 +7,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moda
+import models.parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
+from models.one_rank import reduce_in_place
 from models.parallelize import parallelize
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
@@ -16,11 +18,11 @@ from tests.models.plain import PlainStream, small, tokens
 MODA = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
 
 
-def sharded(config, mesh=None, **options):
+def sharded(config, mesh=None, dtype=torch.float64, compute_dtype=torch.float64, **options):
     with torch.device("meta"):
-        model = Decoder(config).double()
+        model = Decoder(config).to(dtype)
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = parallelize(model, mesh, compute_dtype=torch.float64, **options)
+    model = parallelize(model, mesh, compute_dtype=compute_dtype, **options)
     initialize(model, seed=1)
     return model
 
@@ -72,6 +74,27 @@ def check_gradients_of(config, options):
 
 def test_gradients_equal_the_definition_with_checkpointing_compilation_replication_and_accumulation():
     run_ranks(check_gradients, 2)
+
+
+def check_copies_of_the_model():
+    """As in training: fp32 weights, bf16 compute. Gradients of two micro-batches a rank, bit by bit."""
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    rank, found = torch.distributed.get_rank(), []
+    for in_place in (True, False):
+        models.parallelize.reduce_in_place = reduce_in_place if in_place else lambda model: None
+        model = sharded(small(**MODA), mesh, torch.float32, torch.bfloat16, reshard_after_forward=False)
+        for index in range(2):
+            model.set_requires_gradient_sync(index == 1)
+            sum(model(*tokens(batch=1, seed=2 * rank + index))).backward()
+        found.append({name: p.grad.to_local() for name, p in model.named_parameters() if p.grad is not None})
+    got, want = found
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert torch.equal(got[name], gradient), name
+
+
+def test_copies_of_the_model_that_reduce_in_place_have_the_gradients_of_those_that_do_not():
+    run_ranks(check_copies_of_the_model, 2)
 
 
 def check_weights():
