@@ -145,13 +145,12 @@ class Memory:
 
     @property
     def moments(self) -> dict[str, int]:
-        """What is held at the moments of a step where the peak can be."""
+        """What is held at the moments of a step where the peak can be: its end, the optimizer's, never holds more."""
         lasting = self.weights + self.optimizer + self.accumulated
         return {
             "loss": lasting + self.gathered + self.activations + self.loss,
             "begin of backward": lasting + self.gathered + self.activations + self.block,
             "end of backward": lasting + self.gathered + self.gradients + self.readers + self.block + self.output,
-            "optimizer step": lasting + self.gradients,
         }
 
     @property

@@ -53,3 +53,30 @@ class _InPlace:
             if dtype == self._weight.dtype and self._weight.grad is None:
                 self._input = weakref.ref(memory)
         return memory
+
+
+def keep_gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gather weights once, and have each step of `optimizer` write the gathered ones anew, in one operation.
+
+    `model` is sharded, not yet run, and the optimizer's step alone changes its weights from here on, but for what is
+    loaded into its `state_dict()`: that frees what is gathered, and the next forward gathers again. While weights are
+    gathered, `model.parameters()` are those, in the compute dtype and without gradients; the sharded ones are the
+    optimizer's. Nothing changes where ranks share weights.
+    """
+    sharded = dict(model.named_parameters())
+    if not holds_whole_weights(next(iter(sharded.values()))):
+        return
+    model.set_reshard_after_backward(False)  # type: ignore[operator]
+
+    @torch.no_grad()
+    def refresh(*_: object) -> None:
+        gathered: list[Tensor] = []
+        masters: list[Tensor] = []
+        for name, weight in model.named_parameters():
+            if not isinstance(weight, DTensor):  # a checkpoint begun since the backward has freed what was gathered
+                gathered.append(weight)
+                masters.append(sharded[name].to_local())  # type: ignore[attr-defined]
+        if gathered:
+            torch._foreach_copy_(gathered, masters)
+
+    optimizer.register_step_post_hook(refresh)

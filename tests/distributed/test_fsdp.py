@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -10,7 +11,7 @@ import moda
 import models.parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
-from models.one_rank import reduce_in_place
+from models.one_rank import keep_gathered, reduce_in_place
 from models.parallelize import parallelize
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
@@ -76,25 +77,39 @@ def test_gradients_equal_the_definition_with_checkpointing_compilation_replicati
     run_ranks(check_gradients, 2)
 
 
-def check_copies_of_the_model():
-    """As in training: fp32 weights, bf16 compute. Gradients of two micro-batches a rank, bit by bit."""
-    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
-    rank, found = torch.distributed.get_rank(), []
-    for in_place in (True, False):
-        models.parallelize.reduce_in_place = reduce_in_place if in_place else lambda model: None
-        model = sharded(small(**MODA), mesh, torch.float32, torch.bfloat16, reshard_after_forward=False)
+def steps(mesh, reduces_in_place, keeps):
+    """Three steps as in training: fp32 weights, bf16 compute, two micro-batches a rank. Losses, gradients, weights."""
+    models.parallelize.reduce_in_place = reduce_in_place if reduces_in_place else lambda model: None
+    model = sharded(small(**MODA), mesh, torch.float32, torch.bfloat16, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    if keeps:
+        keep_gathered(model, optimizer)
+    found = []
+    for step in range(3):
         for index in range(2):
             model.set_requires_gradient_sync(index == 1)
-            sum(model(*tokens(batch=1, seed=2 * rank + index))).backward()
-        found.append({name: p.grad.to_local() for name, p in model.named_parameters() if p.grad is not None})
-    got, want = found
-    assert got.keys() == want.keys()
-    for name, gradient in want.items():
-        assert torch.equal(got[name], gradient), name
+            loss = sum(model(*tokens(batch=1, seed=4 * step + 2 * torch.distributed.get_rank() + index)))
+            loss.backward()
+            found.append(loss.detach())
+        gathered = not any(isinstance(weight, DTensor) for weight in model.parameters())
+        assert gathered == (keeps and mesh.shape[-1] == 1)
+        found += [p.grad.to_local().clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found + [weight.to_local() for weight in model.state_dict().values()]
 
 
-def test_copies_of_the_model_that_reduce_in_place_have_the_gradients_of_those_that_do_not():
-    run_ranks(check_copies_of_the_model, 2)
+def check_bits(shape):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    expected = steps(mesh, False, False)
+    for reduces_in_place, keeps in ((True, False), (False, True), (True, True)):
+        for got, want in zip(steps(mesh, reduces_in_place, keeps), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2,), (1, 2)])
+def test_what_is_left_out_for_whole_copies_changes_no_bit_and_for_parts_of_the_model_nothing_is(shape):
+    run_ranks(check_bits, 2, shape)
 
 
 def check_weights():
