@@ -141,17 +141,16 @@ class Memory:
     readers: int  # what layers have left for the slots below them at the end of backward
     loss: int  # logits of a chunk
     block: int  # of the backward of one block: activations computed again, gradients of activations and weights
-    output: int  # gradient of the embedding and the output matrix, in the compute dtype and on its way to being reduced
+    output: int  # gradient of the embedding and the output matrix, in the compute dtype and as the input of a reduction
 
     @property
     def moments(self) -> dict[str, int]:
-        """What is held at the moments of a step where the peak can be."""
+        """What is held at the moments of a step where the peak can be: its end, the optimizer's, never holds more."""
         lasting = self.weights + self.optimizer + self.accumulated
         return {
             "loss": lasting + self.gathered + self.activations + self.loss,
             "begin of backward": lasting + self.gathered + self.activations + self.block,
             "end of backward": lasting + self.gathered + self.gradients + self.readers + self.block + self.output,
-            "optimizer step": lasting + self.gradients,
         }
 
     @property
@@ -196,6 +195,7 @@ def memory(
     block_parameters = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     root_parameters = parameters - sum(p.numel() for p in model.blocks.parameters())
     shard = -(-parameters * replicate // world_size) * 4
+    reduced = 0 if world_size == replicate else 4  # bytes a weight; of a whole copy gradients are reduced in place
 
     shape = tuple(asdict(config).items())
     kept = _kept(shape, micro_batch_size, sequence_length, compute_dtype, compiled)
@@ -226,7 +226,7 @@ def memory(
         readers=config.num_layers * reader,
         loss=chunk_tokens(tokens, config.padded_vocab_size, compute_dtype) * config.padded_vocab_size * width,
         block=block + recomputed,
-        output=root_parameters * (width + 4),
+        output=root_parameters * (width + reduced),
     )
 
 

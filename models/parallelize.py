@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.config import ACTIVATION_CHECKPOINTING
 from models.decoder import Decoder
+from models.one_rank import reduce_in_place
 
 REGIONS = ("before_attention", "after_attention")  # methods of a block; attention and the depth stream lie between
 
@@ -45,7 +46,9 @@ def parallelize(
         fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     # The root holds embedding, final norm and head: needed at both ends of the pass, so they stay gathered.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
-    return model.to_empty(device=mesh.device_type)
+    model.to_empty(device=mesh.device_type)
+    reduce_in_place(model)
+    return model
 
 
 def prepare_blocks(

@@ -29,13 +29,18 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
+def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What `optimizer` steps: sharded, with gradients, whatever FSDP2 has the model hold in their place at the time."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
 def moments(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """AdamW's state by the name of its weight: the tensors themselves, made as AdamW makes them where none are yet.
 
     `step` [], fp32; `exp_avg` and `exp_avg_sq` in the shape, dtype and sharding of the weight.
     """
     found = {}
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict(keep_vars=True).items():  # it frees gathered weights: these are sharded
         state = optimizer.state[weight]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)

@@ -31,6 +31,7 @@ from eval.perplexity import PerplexityEvaluator
 from models.accounting import count_parameters, describe, peak_flops, training_flops_per_token
 from models.decoder import Decoder
 from models.initialization import initialize
+from models.one_rank import keep_gathered
 from models.parallelize import parallelize
 from training.checkpoint import TrainState, checkpoint_path, load_checkpoint, read_marker
 from training.config import Config, RankError, TrainingError, resolved
@@ -41,7 +42,7 @@ from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
-from training.optimizer import build_optimizer, set_lr
+from training.optimizer import build_optimizer, set_lr, weights
 from training.out_of_memory import explain
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
@@ -225,7 +226,7 @@ class Trainer:
             (sum(loss) * batch.weight).backward()
             total += torch.stack(loss).detach() * batch.weight
         limit = self.config.training.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights(self.optimizer), limit)
         grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.state.step, self.config.training.steps)
         set_lr(self.optimizer, lr)
@@ -412,6 +413,8 @@ class Trainer:
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
+        if not config.parallel.reshard_after_forward:
+            keep_gathered(self.model, self.optimizer)
         self.spikes = SpikeFilter(config.training.skip_window, config.training.skip_sigmas, world.device)
         self.watchdog.mark("the layout of the model")
         self.saver = CheckpointSaver(

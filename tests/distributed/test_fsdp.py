@@ -2,13 +2,16 @@
 
 import itertools
 
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moda
+import models.parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
+from models.one_rank import keep_gathered, reduce_in_place
 from models.parallelize import parallelize
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
@@ -16,11 +19,11 @@ from tests.models.plain import PlainStream, small, tokens
 MODA = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
 
 
-def sharded(config, mesh=None, **options):
+def sharded(config, mesh=None, dtype=torch.float64, compute_dtype=torch.float64, **options):
     with torch.device("meta"):
-        model = Decoder(config).double()
+        model = Decoder(config).to(dtype)
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = parallelize(model, mesh, compute_dtype=torch.float64, **options)
+    model = parallelize(model, mesh, compute_dtype=compute_dtype, **options)
     initialize(model, seed=1)
     return model
 
@@ -72,6 +75,41 @@ def check_gradients_of(config, options):
 
 def test_gradients_equal_the_definition_with_checkpointing_compilation_replication_and_accumulation():
     run_ranks(check_gradients, 2)
+
+
+def steps(mesh, reduces_in_place, keeps):
+    """Three steps as in training: fp32 weights, bf16 compute, two micro-batches a rank. Losses, gradients, weights."""
+    models.parallelize.reduce_in_place = reduce_in_place if reduces_in_place else lambda model: None
+    model = sharded(small(**MODA), mesh, torch.float32, torch.bfloat16, reshard_after_forward=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    if keeps:
+        keep_gathered(model, optimizer)
+    found = []
+    for step in range(3):
+        for index in range(2):
+            model.set_requires_gradient_sync(index == 1)
+            loss = sum(model(*tokens(batch=1, seed=4 * step + 2 * torch.distributed.get_rank() + index)))
+            loss.backward()
+            found.append(loss.detach())
+        gathered = not any(isinstance(weight, DTensor) for weight in model.parameters())
+        assert gathered == (keeps and mesh.shape[-1] == 1)
+        found += [p.grad.to_local().clone() for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found + [weight.to_local() for weight in model.state_dict().values()]
+
+
+def check_bits(shape):
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    expected = steps(mesh, False, False)
+    for reduces_in_place, keeps in ((True, False), (False, True), (True, True)):
+        for got, want in zip(steps(mesh, reduces_in_place, keeps), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (2,), (1, 2)])
+def test_what_is_left_out_for_whole_copies_changes_no_bit_and_for_parts_of_the_model_nothing_is(shape):
+    run_ranks(check_bits, 2, shape)
 
 
 def check_weights():

@@ -130,7 +130,7 @@ def test_the_peak_is_the_moment_at_which_most_is_held():
     long = memory(config, 64, 32)
     assert long.peak in ("loss", "begin of backward")
     assert long.total > long.weights + long.optimizer + long.activations
-    assert memory(config, 1, 1).peak in ("end of backward", "optimizer step")
+    assert memory(config, 1, 1).peak == "end of backward"
     assert memory(config, 2, 32, accumulates=True).total > held.total
     assert memory(config, 2, 32, reshard_after_forward=False).total > held.total
 
@@ -146,6 +146,7 @@ def test_memory_is_sharded_and_checkpointing_saves_activations():
     one, two = (memory(config, 2, 32, world_size=n) for n in (1, 2))
     assert one.optimizer == pytest.approx(2 * two.optimizer, rel=1e-3)
     assert one.activations == two.activations
+    assert two.output == 3 * one.output, "two ranks reduce fp32 gradients beside bf16 ones, one reduces them in place"
     assert memory(config, 2, 32, activation_checkpointing="full").activations < one.activations / 2
 
 
