@@ -9,10 +9,15 @@ two to three times: an operator of torch.library, opaque to it, around the Trito
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from moda import kernels
+from moda.first_order import first_order
 
 
 @torch.compiler.assume_constant_result
@@ -46,8 +51,7 @@ def norm_rotary(
     return _norm_rotary(product, none, k_weight, cos, sin, head_dim, eps)
 
 
-@torch.library.custom_op("models::norm_rotary", mutates_args=())
-def _norm_rotary(
+def _forward(
     product: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, head_dim: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from models.norm_rotary_kernel import forward
@@ -55,16 +59,14 @@ def _norm_rotary(
     return forward(product.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(), head_dim, eps)
 
 
-@_norm_rotary.register_fake
-def _(product, q_weight, k_weight, cos, sin, head_dim, eps):
+def _forward_fake(product, q_weight, k_weight, cos, sin, head_dim, eps):
     batch, time, _ = product.shape
     widths = (len(q_weight), len(k_weight), len(k_weight))
     q, k, v = (product.new_empty(batch, time, width // head_dim, head_dim) for width in widths)
     return q, k, v
 
 
-@torch.library.custom_op("models::norm_rotary_backward", mutates_args=())
-def _norm_rotary_backward(
+def _backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -83,9 +85,24 @@ def _norm_rotary_backward(
     return backward(*gradients, product.contiguous(), q_weight, k_weight, *tables, head_dim, eps)
 
 
-@_norm_rotary_backward.register_fake
-def _(dq, dk, dv, product, q_weight, k_weight, cos, sin, head_dim, eps):
+def _backward_fake(dq, dk, dv, product, q_weight, k_weight, cos, sin, head_dim, eps):
     return product.new_empty(product.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
+
+
+# A custom_op would check at every call, four of which a layer makes, that nothing is aliased, as tests do once.
+_library = torch.library.Library("models", "FRAGMENT")
+
+
+def _registered(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+    """A function of tensors as an operator for all devices."""
+    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"models::{name}", fake, lib=_library)
+    return getattr(torch.ops.models, name).default
+
+
+_norm_rotary = _registered("norm_rotary", _forward, _forward_fake)
+_norm_rotary_backward = _registered("norm_rotary_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -93,9 +110,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dq, dk, dv):
+@first_order
+def _gradients(ctx, dq, dk, dv):
     gradients = _norm_rotary_backward(dq, dk, dv, *ctx.saved_tensors, ctx.head_dim, ctx.eps)
     return *gradients, None, None, None, None
 
 
-_norm_rotary.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("models::norm_rotary", _gradients, setup_context=_setup_context, lib=_library)
