@@ -7,9 +7,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moda
+from models import parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
-from models.parallelize import parallelize
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
 
@@ -20,7 +20,7 @@ def sharded(config, mesh=None, **options):
     with torch.device("meta"):
         model = Decoder(config).double()
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = parallelize(model, mesh, compute_dtype=torch.float64, **options)
+    model = parallelize.parallelize(model, mesh, compute_dtype=torch.float64, **options)
     initialize(model, seed=1)
     return model
 
@@ -47,6 +47,8 @@ def check_gradients():
         *((MODA, options) for options in compiled + replicated),
     ):
         check_gradients_of(small(**fields), options)
+    parallelize.UNIT_BLOCKS = 2
+    check_gradients_of(small(**MODA), {"reshard_after_forward": False})
 
 
 def check_gradients_of(config, options):
@@ -56,6 +58,7 @@ def check_gradients_of(config, options):
     torch._dynamo.utils.counters.clear()
     for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
         model.set_requires_gradient_sync(index == 1)
+        model.set_reshard_after_backward(index == 1 or options.get("reshard_after_forward", True))
         loss = sum(model(*batch)) / 2
         with torch.no_grad():  # an evaluation between forward and backward, and between micro-batches
             model(tokens(seed=9)[0])
