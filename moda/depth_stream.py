@@ -118,9 +118,8 @@ def _without_view(storage: Tensor, index: int) -> Tensor:
 
     Views share one counter, so that writing a slot would invalidate what autograd saved of all the others.
     """
-    slot = storage[index]
-    alias = torch.empty(0, dtype=storage.dtype, device=storage.device)
-    return alias.set_(storage.untyped_storage(), slot.storage_offset(), slot.shape, slot.stride())
+    stride, *strides = storage.stride()
+    return storage.new_empty(0).set_(storage.untyped_storage(), index * stride, storage.shape[1:], strides)
 
 
 class DepthStream:
@@ -193,8 +192,8 @@ class DepthStream:
 
     def reads(self, reader: int, layer: int) -> bool:
         """Whether the layer `reader` reads the slots of `layer`."""
-        slot = layer * self.slots_per_layer
-        return any(start <= slot < stop for start, stop in self.read_ranges(reader))
+        near = self.recent_layers is None or layer >= reader - self.recent_layers
+        return layer < reader and (near or layer < self.first_layers)
 
     @torch.compiler.disable
     def start(self) -> Tensor:

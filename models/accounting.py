@@ -19,7 +19,7 @@ import moda
 from models.config import ACTIVATION_CHECKPOINTING, ModelConfig
 from models.cross_entropy import chunk_tokens
 from models.decoder import Decoder
-from models.parallelize import prepare_blocks
+from models.parallelize import prepare_blocks, units
 
 # Dense bf16 matrix peak of one device, FLOP/s, from the vendor's data sheets. The longest name that is part of the
 # device's name counts; a device that is not here has no MFU rather than a wrong one.
@@ -192,7 +192,9 @@ def memory(
         model = Decoder(config)
     tokens, width = micro_batch_size * sequence_length, compute_dtype.itemsize
     parameters = sum(p.numel() for p in model.parameters())
-    block_parameters = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    unit_parameters = max(
+        sum(p.numel() for block in unit for p in block.parameters()) for unit in units(model, reshard_after_forward)
+    )
     root_parameters = parameters - sum(p.numel() for p in model.blocks.parameters())
     shard = -(-parameters * replicate // world_size) * 4
     reduced = 0 if world_size == replicate else 4  # bytes a weight; of a whole copy gradients are reduced in place
@@ -211,11 +213,11 @@ def memory(
     recomputed = 0 if activation_checkpointing == "none" else of_layers("none")[1] - of_one
     # At the end of backward every layer has left q, do, lse and delta for the slots below it.
     reader = tokens * config.num_heads * (2 * config.head_dim * width + 8) if config.depth_kv else 0
-    # Gradients of gate, up and their product, and of three tensors of the residual stream; of the block's weights, and
-    # again in fp32 to be reduced.
+    # Gradients of gate, up and their product, and of three tensors of the residual stream; of the weights of a unit of
+    # FSDP2, and again in fp32 to be reduced.
     block = tokens * (3 * config.intermediate_size + 3 * config.hidden_size) * width
-    block += block_parameters * (width + 4)
-    at_a_time = 2 * block_parameters if reshard_after_forward else parameters - root_parameters
+    block += unit_parameters * (width + 4)
+    at_a_time = 2 * unit_parameters if reshard_after_forward else parameters - root_parameters
     return Memory(
         weights=shard,
         gradients=shard,

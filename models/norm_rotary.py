@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moda.first_order import first_order
+from models.kernels import LIBRARY, registered
+
 
 def norm_rotary(
     product: Tensor,
@@ -37,8 +40,7 @@ def norm_rotary(
     return _norm_rotary(product, none, k_weight, cos, sin, head_dim, eps)
 
 
-@torch.library.custom_op("models::norm_rotary", mutates_args=())
-def _norm_rotary(
+def _forward(
     product: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, head_dim: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from models.norm_rotary_kernel import forward
@@ -46,16 +48,14 @@ def _norm_rotary(
     return forward(product.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(), head_dim, eps)
 
 
-@_norm_rotary.register_fake
-def _(product, q_weight, k_weight, cos, sin, head_dim, eps):
+def _forward_fake(product, q_weight, k_weight, cos, sin, head_dim, eps):
     batch, time, _ = product.shape
     widths = (len(q_weight), len(k_weight), len(k_weight))
     q, k, v = (product.new_empty(batch, time, width // head_dim, head_dim) for width in widths)
     return q, k, v
 
 
-@torch.library.custom_op("models::norm_rotary_backward", mutates_args=())
-def _norm_rotary_backward(
+def _backward(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -74,9 +74,12 @@ def _norm_rotary_backward(
     return backward(*gradients, product.contiguous(), q_weight, k_weight, *tables, head_dim, eps)
 
 
-@_norm_rotary_backward.register_fake
-def _(dq, dk, dv, product, q_weight, k_weight, cos, sin, head_dim, eps):
+def _backward_fake(dq, dk, dv, product, q_weight, k_weight, cos, sin, head_dim, eps):
     return product.new_empty(product.shape), torch.empty_like(q_weight), torch.empty_like(k_weight)
+
+
+_norm_rotary = registered("norm_rotary", _forward, _forward_fake)
+_norm_rotary_backward = registered("norm_rotary_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
@@ -84,9 +87,10 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, dq, dk, dv):
+@first_order
+def _gradients(ctx, dq, dk, dv):
     gradients = _norm_rotary_backward(dq, dk, dv, *ctx.saved_tensors, ctx.head_dim, ctx.eps)
     return *gradients, None, None, None, None
 
 
-_norm_rotary.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("models::norm_rotary", _gradients, setup_context=_setup_context, lib=LIBRARY)

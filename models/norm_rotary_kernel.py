@@ -6,6 +6,8 @@ width, padded to a power of two. Backward, a program goes through many blocks of
 norms' weights in registers; the programs' sums are added up afterwards, in a fixed order.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -180,13 +182,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `models.norm_rotary.norm_rotary`, on contiguous tensors; `q_weight` of no elements for no queries."""
     batch, time, _ = product.shape
-    q, k, v = (
-        torch.empty(batch, time, width // head_dim, head_dim, dtype=product.dtype, device=product.device)
-        for width in (len(q_weight), len(k_weight), len(k_weight))
-    )
-    sizes = _sizes(product, q_weight, k_weight, cos, head_dim, eps)
+    sizes = _sizes(product.shape, q_weight.shape, k_weight.shape, cos.shape, head_dim)
+    rows = _rows(sizes)
+    q = product.new_empty(batch, time, sizes["QW"] // head_dim, head_dim)
+    k, v = (product.new_empty(batch, time, sizes["KW"] // head_dim, head_dim) for _ in range(2))
     with torch.cuda.device_of(product):
-        _forward[(triton.cdiv(batch * time, sizes["ROWS"]),)](product, q_weight, k_weight, cos, sin, q, k, v, **sizes)
+        _forward[(-(-batch * time // rows),)](
+            product, q_weight, k_weight, cos, sin, q, k, v, eps=eps, ROWS=rows, num_warps=WARPS, **sizes
+        )
     return q, k, v
 
 
@@ -203,11 +206,12 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of product and of both weights, in their shapes and dtypes; all arguments contiguous."""
-    tokens, widths = product.shape[0] * product.shape[1], (len(q_weight), len(k_weight))
-    sizes = _sizes(product, q_weight, k_weight, cos, head_dim, eps)
-    programs = min(BACKWARD_PROGRAMS, triton.cdiv(tokens, sizes["ROWS"]))
+    sizes = _sizes(product.shape, q_weight.shape, k_weight.shape, cos.shape, head_dim)
+    widths = sizes["QW"], sizes["KW"]
+    rows = _rows(sizes)
+    programs = min(BACKWARD_PROGRAMS, -(-sizes["tokens"] // rows))
     dproduct = torch.empty_like(product)
-    sums = torch.empty(programs, sum(widths), dtype=torch.float32, device=product.device)
+    sums = product.new_empty(programs, sum(widths), dtype=torch.float32)
     with torch.cuda.device_of(product):
         _backward[(programs,)](
             dq,
@@ -220,31 +224,36 @@ def backward(
             sin,
             dproduct,
             sums,
+            eps=eps,
+            ROWS=rows,
+            num_warps=WARPS,
             **sizes,
         )
-    dq_weight, dk_weight = sums.sum(0).split(widths)
+    dq_weight, dk_weight = sums.sum(0).split_with_sizes(widths)
     return dproduct, dq_weight.to(q_weight.dtype, copy=True), dk_weight.to(k_weight.dtype, copy=True)
 
 
+def _rows(sizes: dict[str, int]) -> int:
+    """Tokens that a program takes at a time."""
+    return ROWS if max(sizes["QP"], sizes["KP"]) <= NARROW else 1
+
+
+@cache  # computed anew it would take the host half as long as the launch
 def _sizes(
-    product: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, head_dim: int, eps: float
-) -> dict[str, int | float]:
-    """What both kernels are told besides tensors."""
-    batch, time, width = product.shape
-    assert width == len(q_weight) + 2 * len(k_weight)
-    assert cos.shape[1:] == (time, 1, head_dim // 2)
-    assert cos.shape[0] in (1, batch)
-    halves = [triton.next_power_of_2(max(2, len(weight)) // 2) for weight in (q_weight, k_weight)]
+    product: torch.Size, q_weight: torch.Size, k_weight: torch.Size, cos: torch.Size, head_dim: int
+) -> dict[str, int]:
+    """What both kernels are told of the shapes."""
+    batch, time, width = product
+    assert width == q_weight[0] + 2 * k_weight[0]
+    assert cos[1:] == (time, 1, head_dim // 2)
+    assert cos[0] in (1, batch)
     return {
         "tokens": batch * time,
         "time": time,
-        "angle_stride": cos.stride(0) if cos.shape[0] > 1 else 0,
-        "eps": eps,
-        "QW": len(q_weight),
-        "KW": len(k_weight),
+        "angle_stride": time * head_dim // 2 if cos[0] > 1 else 0,
+        "QW": q_weight[0],
+        "KW": k_weight[0],
         "D": head_dim,
-        "QP": halves[0],
-        "KP": halves[1],
-        "ROWS": ROWS if max(halves) <= NARROW else 1,
-        "num_warps": WARPS,
+        "QP": triton.next_power_of_2(max(2, q_weight[0]) // 2),
+        "KP": triton.next_power_of_2(k_weight[0] // 2),
     }

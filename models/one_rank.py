@@ -55,17 +55,17 @@ class _InPlace:
         return memory
 
 
-def keep_gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def keep_gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
     """Gather weights once, and have each step of `optimizer` write the gathered ones anew, in one operation.
 
     `model` is sharded, not yet run, and the optimizer's step alone changes its weights from here on, but for what is
     loaded into its `state_dict()`: that frees what is gathered, and the next forward gathers again. While weights are
     gathered, `model.parameters()` are those, in the compute dtype and without gradients; the sharded ones are the
-    optimizer's. Nothing changes where ranks share weights.
+    optimizer's. Nothing changes, and False is returned, where ranks share weights.
     """
     sharded = dict(model.named_parameters())
     if not holds_whole_weights(next(iter(sharded.values()))):
-        return
+        return False
     model.set_reshard_after_backward(False)  # type: ignore[operator]
 
     @torch.no_grad()
@@ -80,3 +80,4 @@ def keep_gathered(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             torch._foreach_copy_(gathered, masters)
 
     optimizer.register_step_post_hook(refresh)
+    return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -18,6 +19,10 @@ from models.decoder import Decoder
 from models.one_rank import reduce_in_place
 
 REGIONS = ("before_attention", "after_attention")  # methods of a block; attention and the depth stream lie between
+
+# At most so many neighbouring blocks are gathered and reduced together: hooks, events and collectives of FSDP2 take the
+# host as long for many as for one, but the gradients of all their weights are held at a time.
+UNIT_BLOCKS, UNIT_PARAMETERS = 6, 100_000_000
 
 
 def parallelize(
@@ -42,13 +47,23 @@ def parallelize(
     prepare_blocks(model, activation_checkpointing, compile_backend, attention_backend)
     # Inputs are not cast: activations have the compute dtype already, and the rotary tables stay fp32.
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
+    for unit in units(model, reshard_after_forward):
+        fully_shard(unit, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard_after_forward)
     # The root holds embedding, final norm and head: needed at both ends of the pass, so they stay gathered.
     fully_shard(model, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
     model.to_empty(device=mesh.device_type)
     reduce_in_place(model)
     return model
+
+
+def units(model: Decoder, reshard_after_forward: bool) -> list[list[nn.Module]]:
+    """The blocks, in order, as FSDP2 gathers their weights: one by one where these are to be freed after forward."""
+    blocks = list(model.blocks)
+    size = 1
+    if not reshard_after_forward:
+        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
+        size = max(1, min(UNIT_BLOCKS, UNIT_PARAMETERS // largest))
+    return [blocks[first : first + size] for first in range(0, len(blocks), size)]
 
 
 def prepare_blocks(

@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moda.first_order import first_order
+from models.kernels import LIBRARY, registered
+
 
 def swiglu(product: Tensor) -> Tensor:
     """silu(gate) * up, [..., intermediate_size], contiguous, in the dtype of `product`.
@@ -24,36 +27,37 @@ def swiglu(product: Tensor) -> Tensor:
     return _swiglu(product)
 
 
-@torch.library.custom_op("models::swiglu", mutates_args=())
-def _swiglu(product: Tensor) -> Tensor:
+def _forward(product: Tensor) -> Tensor:
     from models.swiglu_kernel import forward
 
     return forward(product.contiguous())
 
 
-@_swiglu.register_fake
-def _(product):
+def _forward_fake(product):
     return product.new_empty(*product.shape[:-1], product.shape[-1] // 2)
 
 
-@torch.library.custom_op("models::swiglu_backward", mutates_args=())
-def _swiglu_backward(dout: Tensor, product: Tensor) -> Tensor:
+def _backward(dout: Tensor, product: Tensor) -> Tensor:
     from models.swiglu_kernel import backward
 
     return backward(dout.contiguous(), product.contiguous())
 
 
-@_swiglu_backward.register_fake
-def _(dout, product):
+def _backward_fake(dout, product):
     return product.new_empty(product.shape)
+
+
+_swiglu = registered("swiglu", _forward, _forward_fake)
+_swiglu_backward = registered("swiglu_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, dout):
+@first_order
+def _gradient(ctx, dout):
     return _swiglu_backward(dout, *ctx.saved_tensors)
 
 
-_swiglu.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd("models::swiglu", _gradient, setup_context=_setup_context, lib=LIBRARY)

@@ -51,7 +51,7 @@ def backward(dout: Tensor, product: Tensor) -> Tensor:
 
 def _launch(kernel, *tensors: Tensor, width: int) -> None:
     """A program for each block of columns of each row; `tensors` of one device."""
-    block = next((block for block in BLOCKS if width % block == 0), min(1024, triton.next_power_of_2(width)))
+    block = next((block for block in BLOCKS if width % block == 0), 1024)
     rows = tensors[-1].numel() // tensors[-1].shape[-1]
     with torch.cuda.device_of(tensors[0]):
-        kernel[(rows, triton.cdiv(width, block))](*tensors, width, BLOCK=block, num_warps=WARPS)
+        kernel[(rows, -(-width // block))](*tensors, width, BLOCK=block, num_warps=WARPS)

@@ -220,7 +220,11 @@ class Trainer:
         """One optimizer step. Returns the global mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
         total = torch.zeros(2, device=self.world.device)
         for index, batch in enumerate(micro_batches):
-            self.model.set_requires_gradient_sync(index == len(micro_batches) - 1)  # type: ignore[operator]
+            last = index == len(micro_batches) - 1
+            self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+            # Until the optimizer changes them, weights that stay gathered serve the next micro-batch too.
+            freed = not self.stay_gathered if last else self.config.parallel.reshard_after_forward
+            self.model.set_reshard_after_backward(freed)  # type: ignore[operator]
             batch = batch.to(self.world.device)
             loss = self.model(batch.inputs, batch.targets, batch.cu_seqlens)
             (sum(loss) * batch.weight).backward()
@@ -413,8 +417,8 @@ class Trainer:
             reshard_after_forward=config.parallel.reshard_after_forward,
         )
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        if not config.parallel.reshard_after_forward:
-            keep_gathered(self.model, self.optimizer)
+        reshard = config.parallel.reshard_after_forward
+        self.stay_gathered = not reshard and keep_gathered(self.model, self.optimizer)
         self.spikes = SpikeFilter(config.training.skip_window, config.training.skip_sigmas, world.device)
         self.watchdog.mark("the layout of the model")
         self.saver = CheckpointSaver(

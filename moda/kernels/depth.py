@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from moda.kernels import depth_query, depth_slots
@@ -109,6 +108,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
+@cache
 def configuration(kernel: str, head_dim: int, group: int, dtype: torch.dtype) -> Configuration:
     """How to launch a kernel for a shape and dtype: "forward", "query", "gradients" (of queries and slots), or, pulled,
     "slots" and "block"."""
@@ -322,9 +322,9 @@ def depth_backward_slots(
     if launch.tensor:
         kernel, programs, block = depth_slots.slots_tensor, rows, MAX_SLOT_BLOCK
     else:
-        kernel, programs = depth_slots.slots_vector, triton.cdiv(rows, launch.block)
+        kernel, programs = depth_slots.slots_vector, -(-rows // launch.block)
     with torch.cuda.device_of(k):
-        kernel[(programs, triton.cdiv(slots, block))](
+        kernel[(programs, -(-slots // block))](
             addresses,
             lse,
             delta,
@@ -364,8 +364,8 @@ def _launch(config: Sequence[int] | None, kernel: str, head_dim: int, group: int
 def _by_row(launch: Configuration, vector, tensor, rows: int, group: int):
     """The kernel of a configuration, its number of programs, and the group as it is padded there."""
     if launch.tensor:
-        return tensor, triton.cdiv(rows, launch.rows), max(16 // launch.rows, _power_of_two(group))
-    return vector, triton.cdiv(rows, launch.block), _power_of_two(group)
+        return tensor, -(-rows // launch.rows), max(16 // launch.rows, _power_of_two(group))
+    return vector, -(-rows // launch.block), _power_of_two(group)
 
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, lse: Tensor, *like_q: Tensor) -> tuple[int, int]:
@@ -432,4 +432,5 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 
 
 def _power_of_two(n: int) -> int:
-    return triton.next_power_of_2(n)
+    """The next one; Triton's own function takes the host as long as an operator."""
+    return 1 << (n - 1).bit_length()

@@ -8,11 +8,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import moda
-import models.parallelize
+from models import parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.one_rank import keep_gathered, reduce_in_place
-from models.parallelize import parallelize
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
 
@@ -23,7 +22,7 @@ def sharded(config, mesh=None, dtype=torch.float64, compute_dtype=torch.float64,
     with torch.device("meta"):
         model = Decoder(config).to(dtype)
     mesh = mesh or init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    model = parallelize(model, mesh, compute_dtype=compute_dtype, **options)
+    model = parallelize.parallelize(model, mesh, compute_dtype=compute_dtype, **options)
     initialize(model, seed=1)
     return model
 
@@ -50,6 +49,8 @@ def check_gradients():
         *((MODA, options) for options in compiled + replicated),
     ):
         check_gradients_of(small(**fields), options)
+    parallelize.UNIT_BLOCKS = 2
+    check_gradients_of(small(**MODA), {"reshard_after_forward": False})
 
 
 def check_gradients_of(config, options):
@@ -59,6 +60,7 @@ def check_gradients_of(config, options):
     torch._dynamo.utils.counters.clear()
     for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
         model.set_requires_gradient_sync(index == 1)
+        model.set_reshard_after_backward(index == 1 or options.get("reshard_after_forward", True))
         loss = sum(model(*batch)) / 2
         with torch.no_grad():  # an evaluation between forward and backward, and between micro-batches
             model(tokens(seed=9)[0])
@@ -79,7 +81,7 @@ def test_gradients_equal_the_definition_with_checkpointing_compilation_replicati
 
 def steps(mesh, reduces_in_place, keeps):
     """Three steps as in training: fp32 weights, bf16 compute, two micro-batches a rank. Losses, gradients, weights."""
-    models.parallelize.reduce_in_place = reduce_in_place if reduces_in_place else lambda model: None
+    parallelize.reduce_in_place = reduce_in_place if reduces_in_place else lambda model: None
     model = sharded(small(**MODA), mesh, torch.float32, torch.bfloat16, reshard_after_forward=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     if keeps:

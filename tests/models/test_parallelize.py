@@ -9,7 +9,8 @@ import torch
 import moda
 from moda.backends import BACKENDS
 from models.config import ATTENTION_BACKENDS
-from models.parallelize import prepare_blocks
+from models.decoder import Decoder
+from models.parallelize import prepare_blocks, units
 from tests.models.plain import build, small, tokens
 
 BASELINE = {}
@@ -104,3 +105,16 @@ def test_the_attention_backend_of_a_run_is_that_of_every_layer(fields):
     prepare_blocks(model, "none", None, attention_backend="joined")
     with pytest.raises(ValueError, match="backend='joined' cannot take this call: it needs a CUDA device"):
         model(*tokens())
+
+
+@pytest.mark.parametrize(
+    ("width", "reshard_after_forward", "sizes"),
+    [(16, False, [6, 6, 1]), (2048, False, [2] * 6 + [1]), (4096, False, [1] * 13), (16, True, [1] * 13)],
+)
+def test_neighbouring_blocks_share_a_unit_unless_they_are_large_or_freed(width, reshard_after_forward, sizes):
+    config = small(num_layers=13, hidden_size=width, intermediate_size=3 * width)
+    with torch.device("meta"):
+        model = Decoder(config)
+    shared = units(model, reshard_after_forward)
+    assert [len(unit) for unit in shared] == sizes
+    assert [block for unit in shared for block in unit] == list(model.blocks)
