@@ -42,7 +42,7 @@ def test_faults_of_ranks_come_with_what_they_are_compared_with():
     assert fault_test.chosen("ranks-killed,disk", short=False) == [
         "ranks-undisturbed",
         "ranks-killed",
-        "ranks-killed-in-step",
+        "ranks-killed-in-a-step",
         "disk",
     ]
     assert fault_test.chosen("", short=True) == list(fault_test.SHORT)

@@ -251,6 +251,56 @@ def test_every_copy_lies_in_the_memory_of_the_first(shards, tmp_path, monkeypatc
     assert all(memory == seen[0] for memory in seen)
 
 
+@pytest.fixture
+def late_copies(monkeypatch):
+    """Copies as a busy GPU makes them: some time after `begin`, and before the optimizer of the next step."""
+    begin = HostCopy.begin
+
+    def begin_late(self, tensors):
+        self.source, self.whole = tensors, threading.Event()
+
+    def finish(self):
+        time.sleep(0.1)
+        begin(self, self.source)
+        self.whole.set()
+
+    monkeypatch.setattr(HostCopy, "begin", begin_late)
+    monkeypatch.setattr(HostCopy, "finish", finish)
+    monkeypatch.setattr(HostCopy, "hold", lambda self: self.whole.wait(30))
+
+
+def test_the_optimizer_waits_for_a_copy(shards, saved, tmp_path, late_copies):
+    train(short(shards, tmp_path / "run", keep=None))
+    assert names(tmp_path / "run") == names(saved)
+    for path in find_checkpoints(tmp_path / "run"):
+        weights = [torch.zeros(128, 32), torch.zeros(128, 32)]
+        for weight, folder in zip(weights, (tmp_path / "run", saved), strict=True):
+            reader = training.storage.SafeReader(folder / "checkpoints" / path.name)
+            dcp.load({"model.embedding.weight": weight}, storage_reader=reader, no_dist=True)
+        assert torch.equal(*weights)
+
+
+def test_an_error_right_after_a_save_leaves_the_checkpoint(shards, saved, tmp_path, late_copies, monkeypatch):
+    """The optimizer of the next step, which waits for the copy, never comes."""
+    config = short(shards, tmp_path / "run", keep=None)
+    with monkeypatch.context() as broken:
+        broken.setattr(Trainer, "_step", raising_after(4, Trainer._step))
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            train(config)
+    assert names(tmp_path / "run") == ["step-2", "step-4"]
+    train(config)
+    assert losses(tmp_path / "run") == losses(saved)
+
+
+def raising_after(step, original):
+    def raises(self, micro_batches):
+        if self.state.step == step:
+            raise RuntimeError("the device is gone")
+        return original(self, micro_batches)
+
+    return raises
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tmp_path):
     """The next step enters the window in place, before its optimizer waits for the copy."""
@@ -288,7 +338,7 @@ def test_without_host_memory_the_first_step_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(training.saver, "checkpoint_tensors", lambda *parts: {"model": {}, "optimizer": {}})
     saver = CheckpointSaver.__new__(CheckpointSaver)  # as on a GPU, before its first step
     saver._world = SimpleNamespace(device=torch.device("cuda"))
-    saver._copying, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
+    saver._unheld, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
     saver._before_step()
     assert saver._copy is None
 
