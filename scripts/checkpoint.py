@@ -32,6 +32,7 @@ from torch import Tensor
 
 from models.config import ConfigError
 from training.checkpoint import (
+    ASIDE,
     MARKER,
     checkpoint_folders,
     find_checkpoints,
@@ -93,6 +94,8 @@ def list_(options: argparse.Namespace) -> int:
         size = f"{size_in_bytes(path) / 1e6:,.1f} MB"
         kind = "permanent" if state.permanent else ""
         print(f"{path.name:<16}{format_count(state.tokens):>10}{size:>12}{state.world_size:>7}  {kind}".rstrip())
+    for path in checkpoint_folders(options.path, ASIDE):
+        print(f"{path.name:<16}{'':>10}{size_in_bytes(path) / 1e6:>9,.1f} MB{'':>7}  set aside")
     return 0
 
 
@@ -161,7 +164,10 @@ def copy_(options: argparse.Namespace) -> int:
 
 
 def prune_(options: argparse.Namespace) -> int:
-    """Delete old checkpoints, once the newest one was verified, while no run is going on there."""
+    """Delete old checkpoints, and damaged ones but the newest, once the newest whole one was verified.
+
+    No run may be going on there.
+    """
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep} cannot be used: keep at least 1.")
     if not checkpoint_folders(options.path):

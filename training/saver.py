@@ -31,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from models.config import ConfigError
 from models.decoder import Decoder
 from training.checkpoint import (
+    ASIDE,
     Marker,
     TrainState,
     checkpoint_path,
@@ -247,8 +248,9 @@ class CheckpointSaver:
         waited = "training waited" if copying is None else f"training waited {stalled + copying.waited():.2f} s"
         try:  # the checkpoint is whole from here on, whatever else goes wrong
             self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
-            if delete_old:
-                prune(self.run_dir, self.config.keep)
+            deleted = prune(self.run_dir, self.config.keep) if delete_old else []
+            for old in [path for path in deleted if path.name.endswith(ASIDE)]:
+                self._say(f"deleted {old}: of damaged checkpoints that were set aside the newest stays")
         except (OSError, ConfigError) as error:
             self._say(
                 f"warning: {path} is saved, and old checkpoints of {self.run_dir} could not be deleted "

@@ -100,6 +100,17 @@ def test_prune_keeps_the_newest(run_dir, capsys):
     assert main(["prune", str(run_dir), "--keep", "0"]) == 2
 
 
+def test_damaged_checkpoints_that_were_set_aside_are_listed_and_pruned_but_for_the_newest(run_dir, capsys):
+    folder = run_dir / "checkpoints"
+    for name in ("step-2", "step-4"):
+        (folder / name).rename(folder / f"{name}.damaged")
+    assert main(["list", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count("set aside") == 2
+    assert main(["prune", str(run_dir), "--keep", "1"]) == 0
+    assert capsys.readouterr().out == f"deleted {folder / 'step-2.damaged'}\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-4.damaged", "step-6"]
+
+
 @pytest.mark.parametrize("what", ["", "missing", "file"], ids=["an empty folder", "nothing", "a file"])
 def test_what_is_no_run_is_one_sentence(what, tmp_path, capsys):
     (tmp_path / "file").touch()

@@ -159,6 +159,17 @@ def test_deletion_keeps_the_newest_whole_one_and_removes_what_interrupted_saves_
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
 
 
+def test_of_damaged_checkpoints_the_newest_stays_and_the_log_says_so(run, capsys):
+    """Else a disk that damages one a day is full after some weeks."""
+    run_dir = Path(run.run.dir)
+    for name in ("step-8", "step-6"):
+        flip(max((run_dir / "checkpoints" / name).glob("*.distcp"), key=os.path.getsize))
+    run.training.stop_at = 5
+    train(run)
+    assert names(run_dir) == ["step-2", "step-4", "step-5", "step-8.damaged"]
+    assert f"deleted {run_dir / 'checkpoints' / 'step-6.damaged'}: of damaged" in capsys.readouterr().out
+
+
 def test_a_kill_inside_a_deletion_leaves_no_half_checkpoint(run, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
