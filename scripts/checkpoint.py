@@ -118,11 +118,13 @@ def verify_(options: argparse.Namespace) -> int:
 
 
 def inspect_(options: argparse.Namespace) -> int:
-    """Step, position, and of every weight its shape, dtype and norm."""
+    """Step, position, and of every weight its shape, dtype and norm; nothing of a checkpoint that is damaged."""
     path = newest(options.path)
-    state = read_marker(path).state
+    marker = verify(path)
+    state = marker.state
     print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.instances:,} instances of data {state.data}")
     print(f"saved by {state.world_size} rank(s) on {state.device} after {state.seconds:,.0f} s of training")
+    print(f"whole: its {len(marker.sha256)} files have the checksums of when they were saved")
     total, groups = 0, {"model": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     for name, tensor in tensors(path):
         kind = name.partition(".")[0] if name.startswith("model.") else name.rpartition(".")[2]

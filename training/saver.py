@@ -238,10 +238,10 @@ class CheckpointSaver:
         if not main:
             return failure
         if failure is not None:
-            self._say(
-                f"warning: {path} could not be saved ({failure}); the checkpoint before it (step {self.saved_step}) "
-                "stays as it is, and training goes on"
-            )
+            before = "there is none before it"
+            if self.saved_step:
+                before = f"the checkpoint before it (step {self.saved_step}) stays as it is"
+            self._say(f"warning: {path} could not be saved ({failure}); {before}, and training goes on")
             _discard(path)
             return failure
         seconds = time.perf_counter() - begin

@@ -59,11 +59,23 @@ def test_inspect_shows_step_shapes_and_norms(saved, capsys):
     assert main(["inspect", str(saved)]) == 0
     printed = capsys.readouterr().out
     assert "step 6, 384 tokens, 24 instances" in printed
+    assert "whole: its" in printed
     weights = dict(tensors(find_checkpoints(saved)[-1]))
     norm = weights["model.embedding.weight"].norm().item()
     (row,) = [row for row in printed.splitlines() if row.split()[:1] == ["embedding.weight"]]
     assert row.split()[1:4] == ["128", "×", "32"]
     assert float(row.split()[-1]) == pytest.approx(norm, abs=1e-3)
+
+
+def test_inspect_shows_nothing_of_a_damaged_checkpoint(run_dir, capsys):
+    file = max((run_dir / "checkpoints" / "step-6").glob("*.distcp"), key=os.path.getsize)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["inspect", str(run_dir)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"step-6 is damaged ({file.name} is not what was saved)" in printed.err
 
 
 def test_a_copy_is_one_file_that_a_decoder_loads(saved, shards, tmp_path):
