@@ -409,7 +409,9 @@ def test_where_nothing_was_saved_nothing_is_continued(shards, tmp_path, monkeypa
     failing_writes(monkeypatch, [2, 4, 6, 8])
     with pytest.raises(TrainingError, match=r"step-8 could not be saved \(OSError.*the same command begins again\.$"):
         train(short(shards, tmp_path / "run"))
-    assert capsys.readouterr().out.count("; there is none before it, and training goes on") == 5  # step 8's is tried twice
+    assert (
+        capsys.readouterr().out.count("; there is none before it, and training goes on") == 5
+    )  # step 8's is tried twice
 
 
 def test_any_error_of_the_writing_thread_is_a_failure_of_that_save_alone(shards, tmp_path, monkeypatch, capsys):
