@@ -32,6 +32,7 @@ from torch import Tensor
 
 from models.config import ConfigError
 from training.checkpoint import (
+    ASIDE,
     MARKER,
     checkpoint_folders,
     find_checkpoints,
@@ -93,6 +94,8 @@ def list_(options: argparse.Namespace) -> int:
         size = f"{size_in_bytes(path) / 1e6:,.1f} MB"
         kind = "permanent" if state.permanent else ""
         print(f"{path.name:<16}{format_count(state.tokens):>10}{size:>12}{state.world_size:>7}  {kind}".rstrip())
+    for path in checkpoint_folders(options.path, ASIDE):
+        print(f"{path.name:<16}{'':>10}{size_in_bytes(path) / 1e6:>9,.1f} MB{'':>7}  set aside")
     return 0
 
 
@@ -115,11 +118,13 @@ def verify_(options: argparse.Namespace) -> int:
 
 
 def inspect_(options: argparse.Namespace) -> int:
-    """Step, position, and of every weight its shape, dtype and norm."""
+    """Step, position, and of every weight its shape, dtype and norm; nothing of a checkpoint that is damaged."""
     path = newest(options.path)
-    state = read_marker(path).state
+    marker = verify(path)
+    state = marker.state
     print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.instances:,} instances of data {state.data}")
     print(f"saved by {state.world_size} rank(s) on {state.device} after {state.seconds:,.0f} s of training")
+    print(f"whole: its {len(marker.sha256)} files have the checksums of when they were saved")
     total, groups = 0, {"model": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     for name, tensor in tensors(path):
         kind = name.partition(".")[0] if name.startswith("model.") else name.rpartition(".")[2]
@@ -161,7 +166,10 @@ def copy_(options: argparse.Namespace) -> int:
 
 
 def prune_(options: argparse.Namespace) -> int:
-    """Delete old checkpoints, once the newest one was verified, while no run is going on there."""
+    """Delete old checkpoints, and damaged ones but the newest, once the newest whole one was verified.
+
+    No run may be going on there.
+    """
     if options.keep < 1:
         raise ConfigError(f"--keep {options.keep} cannot be used: keep at least 1.")
     if not checkpoint_folders(options.path):

@@ -31,6 +31,7 @@ from training.watchdog import UNWATCHED, Watch
 
 MARKER = "checkpoint.json"
 FOLDER = "checkpoints"
+ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
 
 
 class NewerCheckpointError(ConfigError):
@@ -81,11 +82,11 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step}"
 
 
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Folders named as checkpoints, whole or not, oldest step first."""
+def checkpoint_folders(run_dir: Path, ending: str = "") -> list[Path]:
+    """Folders named as checkpoints, whole or not, oldest step first; with `ASIDE` those that were set aside."""
     found = {}
     for path in (run_dir / FOLDER).glob("step-*"):
-        if (match := re.fullmatch(r"step-(\d+)", path.name)) and path.is_dir():
+        if (match := re.fullmatch(rf"step-(\d+){re.escape(ending)}", path.name)) and path.is_dir():
             found[int(match[1])] = path
     return [found[step] for step in sorted(found)]
 
@@ -225,7 +226,8 @@ def remove_checkpoint(path: Path) -> None:
 def prune(run_dir: Path, keep: int | None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints that are not permanent, and what interrupted saves left before them.
 
-    None keeps all. The caller has verified the newest one. Returns what was deleted.
+    None keeps all. Of those that were set aside the newest stays, as evidence. The caller has verified the newest one.
+    Returns what was deleted.
     """
     whole = find_checkpoints(run_dir)
     if not whole:
@@ -235,6 +237,7 @@ def prune(run_dir: Path, keep: int | None) -> list[Path]:
     deleted = [path for path in unfinished if order.index(path) < order.index(whole[-1])]
     if keep is not None:
         deleted += [path for path in whole if not read_marker(path).state.permanent][:-keep]
+    deleted += checkpoint_folders(run_dir, ASIDE)[:-1]
     for path in deleted:
         remove_checkpoint(path)
     return deleted

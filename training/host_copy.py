@@ -25,7 +25,10 @@ ALIGNMENT = 512  # bytes
 
 
 class HostCopy:
-    """Memory for copies of tensors, one copy at a time: `prepare` once, then `begin`, `hold` and `finish` in turn."""
+    """Memory for copies of tensors, one copy at a time: `prepare` once, then `begin`, `hold` and `finish` for each.
+
+    Another thread may call `finish` and `waited`, before `hold` or after it.
+    """
 
     @torch.no_grad()
     def __init__(self, tensors: dict[str, Any], device: torch.device) -> None:
@@ -37,8 +40,9 @@ class HostCopy:
         """
         self.tensors = _like(tensors)
         self._locked: list[Tensor] = []
-        self._held: list[torch.cuda.Event] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None  # the end of the copy
+        self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None  # begin and end of the device's wait for it
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -71,30 +75,38 @@ class HostCopy:
     def begin(self, tensors: dict[str, Any]) -> None:
         """Copy what `tensors` hold when all that is queued on the current stream is done; on a CPU, now.
 
-        They must live, and may not change, until `hold` was called.
+        They must live, and may not change, until `hold` was called or `finish` has returned.
         """
+        self._held = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):  # nothing where there is none
             for copy, tensor in zip(_leaves(self.tensors), _leaves(tensors), strict=True):
                 copy.copy_(tensor, non_blocking=self._stream is not None)
+        if self._stream is not None:
+            self._copied = self._stream.record_event()
 
     def hold(self) -> None:
         """Have the current stream wait for the copy: what is queued after this may change the tensors."""
         if self._stream is None:
             return
-        self._held = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        self._held[0].record()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
         torch.cuda.current_stream().wait_stream(self._stream)
-        self._held[1].record()
+        end.record()
+        self._held = begin, end
 
-    def finish(self) -> float:
-        """Wait, after `hold`, until the copy is whole; returns how long the device waited for it, in seconds."""
-        if self._stream is None:
+    def finish(self) -> None:
+        """Wait until the copy is whole."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def waited(self) -> float:
+        """After `finish`: how long the device has waited for the copy, in seconds."""
+        if self._held is None:
             return 0.0
         begin, end = self._held
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return begin.elapsed_time(end) / 1e3 if end.query() else 0.0  # else the device comes to it now
 
     def close(self) -> None:
         """Unlock the memory. The copies stay as they are; there are no more after this."""

@@ -87,11 +87,12 @@ class MetricsLog:
             except OSError as error:
                 os.ftruncate(self._file.fileno(), size)  # what a disk took of a line before it was full
                 if not waiting:
-                    print(
-                        f"warning: {self.path} cannot be written ({error.strerror}): its records are kept and tried "
-                        "again with the next",
-                        file=sys.stderr,
-                    )
+                    with suppress(OSError):  # standard error may go to the same disk
+                        print(
+                            f"warning: {self.path} cannot be written ({error.strerror}): its records are kept and "
+                            "tried again with the next",
+                            file=sys.stderr,
+                        )
                 return
             size += len(line)
             self._unwritten.pop(0)
@@ -207,9 +208,10 @@ class Console:
         self._stream = stream
 
     def say(self, text: str) -> None:
-        """Print one line at once."""
+        """Print one line at once; where that is impossible (a log on a full disk), training goes on without."""
         if self._enabled:
-            print(text, file=self._stream or sys.stdout, flush=True)
+            with suppress(OSError):
+                print(text, file=self._stream or sys.stdout, flush=True)
 
     def progress(self, record: Mapping[str, float], remaining: float | None = None) -> None:
         """Print the progress line of a record of `metrics.jsonl`; `remaining`: seconds left, where that is known."""

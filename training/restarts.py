@@ -60,7 +60,8 @@ def give_up_if_stuck(run_dir: Path, step: int) -> None:
     starts = earlier_starts(run_dir)[-ATTEMPTS:]
     if len(starts) < ATTEMPTS or any(entry["step"] != step for entry in starts) or len(set(ends[-ATTEMPTS:])) > 1:
         return
+    begun = f"continued step {step}" if step else "begun anew"
     raise TrainingError(
-        f"{ATTEMPTS} starts in a row have continued step {step} and ended after step {max(ends[-1], step)}, so the "
+        f"{ATTEMPTS} starts in a row have {begun} and ended after step {max(ends[-1], step)}, so the "
         f"next would too: look into the log and {run_dir}/stacks. The same command, given by hand, tries again."
     )

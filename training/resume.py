@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from models.config import ConfigError, shown
-from training.checkpoint import FOLDER, find_checkpoints, read_marker, verify
+from training.checkpoint import ASIDE, checkpoint_folders, find_checkpoints, read_marker, verify
 from training.config import Config, resolved
 from training.data import check_same_data, open_stream
 from training.restarts import earlier_starts
@@ -58,8 +58,6 @@ MAY_CHANGE_IF_ALLOWED = (
 )
 CHANGEABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in MAY_CHANGE_IF_ALLOWED)
 DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a mixture
-
-ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
 
 
 def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UNWATCHED) -> Path | None:
@@ -129,9 +127,9 @@ def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:
         else:
             newest = path.resolve()
             break
-    aside = sorted((run_dir / FOLDER).glob(f"*{ASIDE}"))
+    aside = checkpoint_folders(run_dir, ASIDE)
     if newest is None and (broken or aside):
-        what = next(iter(broken.values())).partition(": use")[0] if broken else f"only {aside[0].name}"
+        what = next(iter(broken.values())).partition(": use")[0] if broken else f"only {aside[-1].name}"
         raise ConfigError(
             f"{run_dir} has no whole checkpoint ({what}): put a good copy in its place, or choose another run.name to "
             "begin again."

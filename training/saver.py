@@ -3,10 +3,11 @@
 In: the tensors of `training.checkpoint` and the state of a step. Out: a checkpoint, some seconds later. On a GPU `save`
 only begins to copy the tensors to host memory (`training.host_copy`), whose pages are locked beside the first steps;
 the copy runs beside the next forward and backward, and the optimizer's work on the device waits for its end. A thread
-of each rank then writes, over a process group of its own: files, checksums read back from disk, marker, deletion of old
-checkpoints. `dcp.async_save` ties copying and writing together, so that ranks wait in vain for one whose copy failed;
-here all agree on the copy first, and write from device memory at once, with the reason in the log, where host memory
-does not suffice.
+of each rank waits for the copy, too, and writes, over a process group of its own: files, checksums read back from disk,
+marker, deletion of old checkpoints. It needs nothing more of the main thread: an error that ends that, on one rank or
+on all, leaves the checkpoint whole, since `close` waits for it. `dcp.async_save` ties copying and writing together, so
+that ranks wait in vain for one whose copy failed; here all agree on the copy first, and write from device memory at
+once, with the reason in the log, where host memory does not suffice.
 
 A save that fails (disk full, folder not writable) leaves what was saved before as it is; training goes on, and the next
 one is tried.
@@ -30,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from models.config import ConfigError
 from models.decoder import Decoder
 from training.checkpoint import (
+    ASIDE,
     Marker,
     TrainState,
     checkpoint_path,
@@ -81,10 +83,9 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint", initializer=_use, initargs=(world.device,)
         )
-        self._copying: tuple[HostCopy | Exception | None, dict[str, Any], TrainState, bool] | None = None
+        self._unheld: HostCopy | None = None  # a copy that the optimizer has not waited for
         self._writing: Future[str | None] | None = None
         self._writing_step = 0
-        self._stalled = 0.0
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
     def is_due(self, step: int) -> bool:
@@ -105,43 +106,17 @@ class CheckpointSaver:
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
         # Copied at once: the next step enters the window before its optimizer waits for the other copies.
         tensors["skip"] = {name: tensor.to("cpu", copy=True) for name, tensor in tensors["skip"].items()}
-        copying: HostCopy | Exception | None = None
-        if self._asynchronous:
-            try:
-                copying = self._host_copy(tensors)
-                copying.begin({part: tensors[part] for part in COPIED})
-            except Exception as error:  # whatever it is: a checkpoint can be written without a copy
-                copying = error.with_traceback(None)  # whose frames would keep all of this alive
-        self._copying = (copying, tensors, state, delete_old)
-        self._stalled = time.perf_counter() - begin
-        if not self._asynchronous or state.device != "cuda":
-            self.end_copy()  # it is done, or there is none
-
-    def end_copy(self) -> None:
-        """Let the writing thread begin; what is queued on the device after this may change the weights."""
-        if self._copying is None:
-            return
-        (copying, tensors, state, delete_old), self._copying = self._copying, None
-        begin = time.perf_counter()
-        if self._world.any(isinstance(copying, Exception)):
-            reason = copying if isinstance(copying, Exception) else "on another rank"
-            self._say(f"checkpoints are written while training waits: no copy in host memory ({_one_line(reason)})")
-            self._asynchronous = False
-            self._free_copy()
-            copying = None
-        self._writing_step, self._stages = state.step, 0
-        if isinstance(copying, HostCopy):
-            copying.hold()
-            self._stalled += time.perf_counter() - begin
-            kept = tensors | copying.tensors
-            self._writing = self._thread.submit(self._write, kept, state, delete_old, copying, self._stalled)
-        else:
+        copying = self._begin_copy(tensors) if self._asynchronous else None
+        self._writing_step, self._stages, self._unheld = state.step, 0, copying
+        if copying is None:
             self._writing = self._thread.submit(self._write, tensors, state, delete_old)
             self.wait()
+            return
+        kept, stalled = tensors | copying.tensors, time.perf_counter() - begin
+        self._writing = self._thread.submit(self._write, kept, state, delete_old, copying, stalled)
 
     def wait(self) -> bool:
         """Wait until the save that runs is done. Returns whether the last one succeeded, the same on all ranks."""
-        self.end_copy()
         if self._writing is None:
             return self.failure is None
         writing, self._writing = self._writing, None
@@ -160,11 +135,29 @@ class CheckpointSaver:
 
     def _before_step(self) -> None:
         """Just before the optimizer's step. At the first one memory for copies is taken: no save waits for it then."""
-        self.end_copy()
+        if self._unheld is not None:
+            self._unheld.hold()
+            self._unheld = None
         if self._asynchronous and self._copy is None and self._world.device.type == "cuda":
             tensors = checkpoint_tensors(*self._parts, range(0), "cuda")
             with suppress(RuntimeError, MemoryError):  # no host memory: the first save tries again, and says so
                 self._prepare(tensors)
+
+    def _begin_copy(self, tensors: dict[str, Any]) -> HostCopy | None:
+        """A copy that is under way on all ranks; None, for good, where one of them has no memory for it."""
+        failure: Exception | None = None
+        try:
+            copying = self._host_copy(tensors)
+            copying.begin({part: tensors[part] for part in COPIED})
+        except Exception as error:  # whatever it is: a checkpoint can be written without a copy
+            failure = error.with_traceback(None)  # whose frames would keep all of this alive
+        if not self._world.any(failure is not None):
+            return copying
+        reason = _one_line(failure or "on another rank")
+        self._say(f"checkpoints are written while training waits: no copy in host memory ({reason})")
+        self._asynchronous = False
+        self._free_copy()
+        return None
 
     def _prepare(self, tensors: dict[str, Any]) -> HostCopy:
         self._copy = HostCopy({part: tensors[part] for part in COPIED}, self._world.device)
@@ -219,16 +212,14 @@ class CheckpointSaver:
     ) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks.
 
-        Training has waited `stalled` seconds so far, for the save before and for `copying`; without a copy it waits for
-        all of this.
+        Training has waited `stalled` seconds so far, for the save before and for memory; without a copy it waits on.
         """
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
 
         def ready() -> None:
-            nonlocal stalled
             if copying is not None:
-                stalled += copying.finish()
+                copying.finish()
             if main:
                 _clear(path)
 
@@ -247,18 +238,19 @@ class CheckpointSaver:
         if not main:
             return failure
         if failure is not None:
-            self._say(
-                f"warning: {path} could not be saved ({failure}); the checkpoint before it (step {self.saved_step}) "
-                "stays as it is, and training goes on"
-            )
+            before = "there is none before it"
+            if self.saved_step:
+                before = f"the checkpoint before it (step {self.saved_step}) stays as it is"
+            self._say(f"warning: {path} could not be saved ({failure}); {before}, and training goes on")
             _discard(path)
             return failure
         seconds = time.perf_counter() - begin
-        waited = "training waited" if copying is None else f"training waited {stalled:.2f} s"
+        waited = "training waited" if copying is None else f"training waited {stalled + copying.waited():.2f} s"
         try:  # the checkpoint is whole from here on, whatever else goes wrong
             self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
-            if delete_old:
-                prune(self.run_dir, self.config.keep)
+            deleted = prune(self.run_dir, self.config.keep) if delete_old else []
+            for old in [path for path in deleted if path.name.endswith(ASIDE)]:
+                self._say(f"deleted {old}: of damaged checkpoints that were set aside the newest stays")
         except (OSError, ConfigError) as error:
             self._say(
                 f"warning: {path} is saved, and old checkpoints of {self.run_dir} could not be deleted "

@@ -341,9 +341,11 @@ class Trainer:
         if state.step != self.saver.saved_step:
             self._save()
             if not self.saver.wait():
+                saved = self.saver.saved_step
+                then = f"continues step {saved}" if saved else "begins again"
                 raise TrainingError(
                     f"{checkpoint_path(self.run_dir, state.step)} could not be saved ({self.saver.failure}): make room "
-                    f"or give access there, and the same command continues step {self.saver.saved_step}."
+                    f"or give access there, and the same command {then}."
                 )
         if not self.world.is_main or self.log.last_step < 0:  # a signal before the first record leaves nothing to show
             return

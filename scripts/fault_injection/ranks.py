@@ -1,20 +1,19 @@
-"""One of two ranks is lost, under torchrun."""
+"""One of two ranks is lost, under torchrun; on GPUs each has its own, and the ranks wait for each other in NCCL."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
-from scripts.fault_injection.bench import INJECT, ROOT, SETTINGS, Bench, Row, records
+from scripts.fault_injection.bench import EVERY, Bench, Row
 
-LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts"]
+STEPS = "training.steps=30"
 LOAD = """
 from torch.distributed.checkpoint import FileSystemReader
 _read = FileSystemReader.read_data
 def read_data(self, *arguments):
-    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if _here("1"):
         time.sleep(1000)
     return _read(self, *arguments)
 FileSystemReader.read_data = read_data
@@ -26,53 +25,76 @@ def batch(self, position):
     return _batch(self, position)
 BatchLoader.batch = batch
 """
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+SLEEP = "time.sleep(1000)"
+STOP = "os.kill(os.getpid(), signal.SIGSTOP)"
+RAISE = "(_ for _ in ()).throw(OSError('the disk is gone'))"
 
 
-def ranks(bench: Bench, times: int) -> list[Row]:
-    """One of two ranks is killed, sleeps, stands still, or raises; torchrun starts both again."""
-    actions = {
-        "killed": "os.kill(os.getpid(), signal.SIGKILL)",
-        "sleeps": "time.sleep(1000)",
-        "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
-        "raises": "(_ for _ in ()).throw(OSError('the disk is gone'))",
-    }
-    rows = []
-    undisturbed = _launch(bench, "rank-undisturbed", "")
-    assert undisturbed.returncode == 0, f"the undisturbed run failed: {undisturbed.stderr[-2000:]}"
-    expected = records(bench.run_dir("rank-undisturbed"))
-    faults = {name: f"_inject(23, lambda: {action}, rank='1')" for name, action in actions.items()}
-    for name, inject in {**faults, "sleeps in the load": LOAD}.items():
-        run_dir = bench.run_dir(f"rank-{name.replace(' ', '-')}")
-        where = "before step 24"
-        if inject == LOAD:
-            where = "of step 20"
-            _launch(bench, run_dir.name, "", "training.stop_at=20")
-        begun = time.monotonic()
-        done = _launch(bench, run_dir.name, inject)
-        found = re.search(r"error: ([^\n]*?);", done.stderr)
-        passed = done.returncode == 0 and records(run_dir) == expected and found is not None and "rank 1" in found[1]
-        traces = {file.name for file in run_dir.glob("stacks/*")}  # of all that could still write them
-        passed &= traces == {"rank-0.txt", "rank-1.txt"} if "sleeps" in name else "rank-0.txt" in traces
-        how = f"{where}, {time.monotonic() - begun:.0f} s with the restart"
-        lost = "nothing" if inject == LOAD else "3 steps, made again"
-        rows.append(Row(f"rank 1 {name}", how, 1, lost, found[1] if found else "", passed))
-    done = _launch(bench, "rank-again", AGAIN, restarts=4)
-    found = re.search(r"error: (3 starts in a row[^\n]*?):", done.stderr)
-    passed = done.returncode == 1 and found is not None
-    message = found[1] if found else ""
-    rows.append(Row("rank 1 raises, always", "before step 24", 1, "3 steps, to be made again", message, passed))
-    return rows
+def undisturbed(bench: Bench, times: int) -> Row:
+    """What the other rows are compared with."""
+    fault = "none, two ranks"
+    if skipped := _too_few_gpus(bench):
+        return Row(fault, "the same command", 0, "", "", False, skipped)
+    name = "rank-undisturbed"
+    return bench.undisturbed(fault, name, lambda name: bench.launch(name, "", STEPS), bench.pair)
 
 
-def _launch(
-    bench: Bench, name: str, inject: str, *overrides: str, restarts: int = 1
-) -> subprocess.CompletedProcess[str]:
-    """A run on two ranks, to its end, with what it printed."""
-    script = bench.folder / f"{name}.py"
-    script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n{INJECT}\n{inject}\n"
-        "sys.exit(train.main(sys.argv[1:]))\n"
-    )
-    command = [sys.executable, *LAUNCHER, str(restarts), str(script), *SETTINGS, f"data.path={bench.folder / 'shards'}"]
-    command += [f"run.dir={bench.run_dir(name)}", "training.hang_seconds=10", *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def _lost(fault: str, reached: int, inject: str, bench: Bench, times: int) -> Row:
+    """The others end soon and name rank 1; torchrun starts all again, and the records are the undisturbed ones.
+
+    `reached`: steps done before. Those of step 20 are saved, whatever ends a rank but SIGKILL.
+    """
+    where = f"after step {reached}"
+    if skipped := _too_few_gpus(bench):
+        return Row(f"rank 1 {fault}", where, 0, "", "", False, skipped)
+    run_dir = bench.run_dir(f"rank-{fault.replace(' ', '-')}")
+    if inject == LOAD:
+        bench.launch(run_dir.name, "", STEPS, "training.stop_at=20")
+    begun = time.monotonic()
+    status = bench.launch(run_dir.name, inject, STEPS)
+    # Inside a step nothing tells a rank that sleeps from one that waits for it on a CPU; their stack traces do.
+    named = "(rank 1|on all ranks)" if "in a step" in fault and bench.device == "cpu" else "rank 1"
+    message = bench.said(rf"(?<=error: )[^;\n]*{named}[^;\n]*")
+    how = f"{where}, {time.monotonic() - begun:.0f} s with the restart"
+    lost = reached - int(bench.said(r"(?<=at step )\d+") or 0)  # as the second start says
+    traces = {file.name for file in run_dir.glob("stacks/*")}  # of all that could still write them
+    traced = traces == {"rank-0.txt", "rank-1.txt"} if "sleeps" in fault else "rank-0.txt" in traces
+    bench.note(f"exit status {status}, {lost} steps lost, stack traces {sorted(traces)}")
+    passed = status == 0 and message != "" and traced and lost <= (2 * EVERY if "killed" in fault else reached - 20)
+    passed = passed and bench.same(run_dir, bench.pair.result())
+    return Row(f"rank 1 {fault}", how, 1, f"{lost} steps, made again" if lost else "nothing", message, passed)
+
+
+def _again(bench: Bench, times: int) -> Row:
+    """A launch that fails at the same step again and again ends."""
+    fault, how = "rank 1 raises, always", "before step 24"
+    if skipped := _too_few_gpus(bench):
+        return Row(fault, how, 0, "", "", False, skipped)
+    status = bench.launch("rank-again", AGAIN, STEPS, restarts=4)
+    message = bench.said(r"3 starts in a row[^\n:]*")
+    return Row(fault, how, 1, "3 steps, to be made again", message, status == 1 and message != "")
+
+
+def _too_few_gpus(bench: Bench) -> str:
+    few = bench.device == "cuda" and bench.gpus < 2
+    return f"it needs two GPUs, and there is {bench.gpus}" if few else ""
+
+
+RANKS: dict[str, Callable[[Bench, int], Row]] = {
+    "ranks-undisturbed": undisturbed,
+    "ranks-again": _again,
+    "ranks-load": partial(_lost, "sleeps in the load", 20, LOAD),
+}
+for _fault, _action, _step in (
+    ("stopped", STOP, 23),
+    ("sleeps", SLEEP, 23),
+    ("killed", KILL, 23),
+    ("raises", RAISE, 23),
+    ("raises after a save", RAISE, 20),
+):
+    _inject = f"_inject({_step}, lambda: {_action}, rank='1')"
+    RANKS[f"ranks-{_fault.replace(' ', '-')}"] = partial(_lost, _fault, _step, _inject)
+for _fault, _action in (("sleeps in a step", SLEEP), ("killed in a step", KILL)):
+    _inject = f"_inject_in(24, lambda: {_action}, rank='1')"
+    RANKS[f"ranks-{_fault.replace(' ', '-')}"] = partial(_lost, _fault, 23, _inject)

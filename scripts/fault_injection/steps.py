@@ -11,6 +11,13 @@ from pathlib import Path
 
 from scripts.fault_injection.bench import STEPS, Bench, Row, records
 
+SPOKEN_FOR = """
+from types import SimpleNamespace
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=720_000)
+def full(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
+_inject(13, full)
+"""
+
 
 def numbers(bench: Bench, times: int) -> list[Row]:
     """Gradients that are no number, once and for good; and one that is far too large."""
@@ -44,18 +51,19 @@ torch.nn.utils.clip_grad_norm_ = clip
 
 
 def memory(bench: Bench, times: int) -> Row:
-    """The device has no memory left in a step: as CUDA's allocator says it, since there is none here."""
+    """The device has no memory left in a step: CUDA's allocator says it, or is spoken for where there is none."""
     run_dir = bench.run_dir("memory")
-    exhaust = """
-from types import SimpleNamespace
-torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=720_000)
-def full(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
-_inject(13, full)
-"""
+    if bench.device == "cuda":
+        how, exhaust = (
+            "an allocation of 1 TB in step 14",
+            "_inject(13, lambda: torch.empty(10**12, dtype=torch.uint8, device='cuda'))",
+        )
+    else:
+        how, exhaust = "raised in step 14", SPOKEN_FOR
     status = bench.finish(run_dir, inject=exhaust)
     message = bench.said(r"error: CUDA out of memory[^\n]*")
     passed = status == 1 and "what fits is" in message and bench.finish(run_dir) == 0 and bench.same(run_dir)
-    return Row("out of memory", "raised in step 14", 1, "3 steps, made again", message, passed)
+    return Row("out of memory", how, 1, "3 steps, made again", message, passed)
 
 
 def wandb(bench: Bench, times: int) -> list[Row]:

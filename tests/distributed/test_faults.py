@@ -164,3 +164,15 @@ training.saver.first_difference = difference
     assert process.returncode == 0, err
     assert "step-10 could not be saved (ValueError: no such thing)" in out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-20"]
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_right_after_a_save_leaves_the_checkpoint(shards, tmp_path):
+    inject = """
+from training.host_copy import HostCopy
+HostCopy.finish = lambda self: time.sleep(2)
+""" + at_step(20, 1, "raise OSError('the disk is gone')")
+    process = start(2, shards, tmp_path / "run", *WATCHED, inject=inject)
+    _, err, _ = ended(process)
+    assert re.search(r"error: rank 1 \(process \d+ on .*\) ended: .* \(the disk is gone\)", err), err
+    assert (tmp_path / "run" / "checkpoints" / "step-20" / "checkpoint.json").exists()

@@ -2,7 +2,11 @@
 
 import math
 
+import pytest
+
+from data.loader import BatchLoader
 from tests.shards import tiny_config
+from training.checkpoint import find_checkpoints, verify
 from training.metrics import read_metrics
 from training.trainer import train
 
@@ -30,6 +34,22 @@ def test_a_stop_and_a_resume_continue_the_curve(shards, tmp_path):
     parts = run(shards, tmp_path / "parts")
     for step in range(1, 21):
         assert math.isclose(whole[step]["train/loss"], parts[step]["train/loss"], rel_tol=1e-3)
+
+
+def test_an_error_right_after_a_save_leaves_the_checkpoint(shards, tmp_path, monkeypatch):
+    """The copy to host memory ends with the next step's optimizer at the latest, which never comes."""
+    original = BatchLoader.batch
+
+    def batch(self, position):
+        if position == 4 * 10:
+            raise RuntimeError("as if")
+        return original(self, position)
+
+    monkeypatch.setattr(BatchLoader, "batch", batch)
+    with pytest.raises(RuntimeError, match="as if"):
+        run(shards, tmp_path / "run")
+    (path,) = find_checkpoints(tmp_path / "run")
+    assert verify(path).state.step == 10
 
 
 def test_a_gpu_run_continues_on_the_cpu(shards, tmp_path):

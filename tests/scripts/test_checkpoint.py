@@ -59,11 +59,23 @@ def test_inspect_shows_step_shapes_and_norms(saved, capsys):
     assert main(["inspect", str(saved)]) == 0
     printed = capsys.readouterr().out
     assert "step 6, 384 tokens, 24 instances" in printed
+    assert "whole: its" in printed
     weights = dict(tensors(find_checkpoints(saved)[-1]))
     norm = weights["model.embedding.weight"].norm().item()
     (row,) = [row for row in printed.splitlines() if row.split()[:1] == ["embedding.weight"]]
     assert row.split()[1:4] == ["128", "×", "32"]
     assert float(row.split()[-1]) == pytest.approx(norm, abs=1e-3)
+
+
+def test_inspect_shows_nothing_of_a_damaged_checkpoint(run_dir, capsys):
+    file = max((run_dir / "checkpoints" / "step-6").glob("*.distcp"), key=os.path.getsize)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert main(["inspect", str(run_dir)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert f"step-6 is damaged ({file.name} is not what was saved)" in printed.err
 
 
 def test_a_copy_is_one_file_that_a_decoder_loads(saved, shards, tmp_path):
@@ -98,6 +110,17 @@ def test_prune_keeps_the_newest(run_dir, capsys):
     assert capsys.readouterr().out.count("deleted") == 2
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
     assert main(["prune", str(run_dir), "--keep", "0"]) == 2
+
+
+def test_damaged_checkpoints_that_were_set_aside_are_listed_and_pruned_but_for_the_newest(run_dir, capsys):
+    folder = run_dir / "checkpoints"
+    for name in ("step-2", "step-4"):
+        (folder / name).rename(folder / f"{name}.damaged")
+    assert main(["list", str(run_dir)]) == 0
+    assert capsys.readouterr().out.count("set aside") == 2
+    assert main(["prune", str(run_dir), "--keep", "1"]) == 0
+    assert capsys.readouterr().out == f"deleted {folder / 'step-2.damaged'}\n"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-4.damaged", "step-6"]
 
 
 @pytest.mark.parametrize("what", ["", "missing", "file"], ids=["an empty folder", "nothing", "a file"])

@@ -159,6 +159,17 @@ def test_deletion_keeps_the_newest_whole_one_and_removes_what_interrupted_saves_
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
 
 
+def test_of_damaged_checkpoints_the_newest_stays_and_the_log_says_so(run, capsys):
+    """Else a disk that damages one a day is full after some weeks."""
+    run_dir = Path(run.run.dir)
+    for name in ("step-8", "step-6"):
+        flip(max((run_dir / "checkpoints" / name).glob("*.distcp"), key=os.path.getsize))
+    run.training.stop_at = 5
+    train(run)
+    assert names(run_dir) == ["step-2", "step-4", "step-5", "step-8.damaged"]
+    assert f"deleted {run_dir / 'checkpoints' / 'step-6.damaged'}: of damaged" in capsys.readouterr().out
+
+
 def test_a_kill_inside_a_deletion_leaves_no_half_checkpoint(run, monkeypatch):
     monkeypatch.setattr(shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -251,6 +262,56 @@ def test_every_copy_lies_in_the_memory_of_the_first(shards, tmp_path, monkeypatc
     assert all(memory == seen[0] for memory in seen)
 
 
+@pytest.fixture
+def late_copies(monkeypatch):
+    """Copies as a busy GPU makes them: some time after `begin`, and before the optimizer of the next step."""
+    begin = HostCopy.begin
+
+    def begin_late(self, tensors):
+        self.source, self.whole = tensors, threading.Event()
+
+    def finish(self):
+        time.sleep(0.1)
+        begin(self, self.source)
+        self.whole.set()
+
+    monkeypatch.setattr(HostCopy, "begin", begin_late)
+    monkeypatch.setattr(HostCopy, "finish", finish)
+    monkeypatch.setattr(HostCopy, "hold", lambda self: self.whole.wait(30))
+
+
+def test_the_optimizer_waits_for_a_copy(shards, saved, tmp_path, late_copies):
+    train(short(shards, tmp_path / "run", keep=None))
+    assert names(tmp_path / "run") == names(saved)
+    for path in find_checkpoints(tmp_path / "run"):
+        weights = [torch.zeros(128, 32), torch.zeros(128, 32)]
+        for weight, folder in zip(weights, (tmp_path / "run", saved), strict=True):
+            reader = training.storage.SafeReader(folder / "checkpoints" / path.name)
+            dcp.load({"model.embedding.weight": weight}, storage_reader=reader, no_dist=True)
+        assert torch.equal(*weights)
+
+
+def test_an_error_right_after_a_save_leaves_the_checkpoint(shards, saved, tmp_path, late_copies, monkeypatch):
+    """The optimizer of the next step, which waits for the copy, never comes."""
+    config = short(shards, tmp_path / "run", keep=None)
+    with monkeypatch.context() as broken:
+        broken.setattr(Trainer, "_step", raising_after(4, Trainer._step))
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            train(config)
+    assert names(tmp_path / "run") == ["step-2", "step-4"]
+    train(config)
+    assert losses(tmp_path / "run") == losses(saved)
+
+
+def raising_after(step, original):
+    def raises(self, micro_batches):
+        if self.state.step == step:
+            raise RuntimeError("the device is gone")
+        return original(self, micro_batches)
+
+    return raises
+
+
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tmp_path):
     """The next step enters the window in place, before its optimizer waits for the copy."""
@@ -288,7 +349,7 @@ def test_without_host_memory_the_first_step_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(training.saver, "checkpoint_tensors", lambda *parts: {"model": {}, "optimizer": {}})
     saver = CheckpointSaver.__new__(CheckpointSaver)  # as on a GPU, before its first step
     saver._world = SimpleNamespace(device=torch.device("cuda"))
-    saver._copying, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
+    saver._unheld, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
     saver._before_step()
     assert saver._copy is None
 
@@ -342,6 +403,15 @@ def test_a_full_disk_at_the_end_is_an_error_that_names_the_path(shards, saved, t
     monkeypatch.undo()
     train(config)
     assert losses(tmp_path / "run") == losses(saved)
+
+
+def test_where_nothing_was_saved_nothing_is_continued(shards, tmp_path, monkeypatch, capsys):
+    failing_writes(monkeypatch, [2, 4, 6, 8])
+    with pytest.raises(TrainingError, match=r"step-8 could not be saved \(OSError.*the same command begins again\.$"):
+        train(short(shards, tmp_path / "run"))
+    assert (
+        capsys.readouterr().out.count("; there is none before it, and training goes on") == 5
+    )  # step 8's is tried twice
 
 
 def test_any_error_of_the_writing_thread_is_a_failure_of_that_save_alone(shards, tmp_path, monkeypatch, capsys):

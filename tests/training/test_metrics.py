@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -230,3 +231,19 @@ def test_a_full_disk_keeps_records_until_there_is_room_and_leaves_no_half_line(t
     log.append(4, 10, {"train/loss": 5.0})
     log.close()
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2, 3, 4]
+
+
+class FullDisk(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+def test_output_that_goes_to_a_full_disk_ends_nothing(tmp_path, monkeypatch):
+    Console(60, stream=FullDisk()).say("step 1")
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with monkeypatch.context() as full:
+        full.setattr(sys, "stderr", FullDisk())
+        full.setattr(log, "_file", SimpleNamespace(write=FullDisk().write, fileno=log._file.fileno))
+        log.append(1, 1, {})
+    log.append(2, 2, {})
+    assert [record["step"] for record in read_metrics(log.path)] == [1, 2]

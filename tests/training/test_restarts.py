@@ -45,6 +45,14 @@ def test_the_same_failure_three_times_is_not_tried_a_fourth_time_but_by_hand(con
     assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-5", "step-8"]
 
 
+def test_starts_that_never_come_to_a_checkpoint_have_begun_anew(config, monkeypatch):
+    for restarts in range(3):
+        with pytest.raises(RuntimeError, match="as always"):
+            start(monkeypatch, config, restarts, fails_before=4)
+    with pytest.raises(TrainingError, match="3 starts in a row have begun anew and ended after step 3"):
+        start(monkeypatch, config, 3)
+
+
 def test_failures_at_different_steps_or_of_other_launches_are_tried_again(config, monkeypatch):
     for restarts, step in enumerate((7, 8, 7, 8)):
         with pytest.raises(RuntimeError):
