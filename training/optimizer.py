@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from models.decoder import Decoder
 from training.config import OptimizerConfig
@@ -32,6 +33,22 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What `optimizer` steps: sharded, with gradients, whatever FSDP2 has the model hold in their place at the time."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The norm of all gradients together, over all ranks, []."""
+    norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights(optimizer) if weight.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> None:
+    """Have the next step take gradients of this `norm` [] as if they had one of at most `limit`; 0 is no limit.
+
+    The fused kernel divides by `grad_scale` on its way, for torch.amp's gradient scaler; `clip_grad_norm_` would read
+    and write all gradients once more.
+    """
+    scale = ((norm + 1e-6) / limit).clamp_min(1.0) if limit else None  # what clip_grad_norm_ multiplies by, inverted
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
 
 def moments(model: Decoder, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -22,7 +22,6 @@ from types import TracebackType
 import torch
 import yaml
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from data.documents import MicroBatch
 from data.loader import BatchLoader
@@ -42,7 +41,7 @@ from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
-from training.optimizer import build_optimizer, set_lr, weights
+from training.optimizer import build_optimizer, clip, gradient_norm, set_lr
 from training.out_of_memory import explain
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
@@ -229,9 +228,8 @@ class Trainer:
             loss = self.model(batch.inputs, batch.targets, batch.cu_seqlens)
             (sum(loss) * batch.weight).backward()
             total += torch.stack(loss).detach() * batch.weight
-        limit = self.config.training.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights(self.optimizer), limit)
-        grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        grad_norm = gradient_norm(self.optimizer)
+        clip(self.optimizer, grad_norm, self.config.training.max_grad_norm)
         lr = self.config.optimizer.lr * lr_factor(self.config.schedule, self.state.step, self.config.training.steps)
         set_lr(self.optimizer, lr)
         total = self.world.mean(total)

@@ -22,14 +22,13 @@ _inject(13, full)
 def numbers(bench: Bench, times: int) -> list[Row]:
     """Gradients that are no number, once and for good; and one that is far too large."""
     poison = """
-_clip = torch.nn.utils.clip_grad_norm_
+_total_norm = torch.nn.utils.get_total_norm
 calls = iter(range(1, 10**6))
-def clip(parameters, limit):
-    parameters = list(parameters)
+def total_norm(gradients):
     if next(calls) in STEPS:
-        for p in parameters: p.grad.mul_(float("nan"))
-    return _clip(parameters, limit)
-torch.nn.utils.clip_grad_norm_ = clip
+        for gradient in gradients: gradient.mul_(float("nan"))
+    return _total_norm(gradients)
+torch.nn.utils.get_total_norm = total_norm
 """
     run_dir = bench.run_dir("nan")
     status = bench.finish(run_dir, inject=poison.replace("STEPS", "{13}"))

@@ -1,6 +1,7 @@
 """FSDP2 on two ranks against the plain definition on one, in float64 (to 1e-6: FSDP2 reduces gradients in fp32)."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from models.initialization import initialize
 from models.one_rank import keep_gathered, reduce_in_place
 from tests.distributed.ranks import run_ranks
 from tests.models.plain import PlainStream, small, tokens
+from training.config import OptimizerConfig
+from training.optimizer import build_optimizer, clip, gradient_norm
 
 MODA = {"depth_kv": True, "ffn_kv_proj": True, "attn_kv_proj": True}
 
@@ -112,6 +115,33 @@ def check_bits(shape):
 @pytest.mark.parametrize("shape", [(2, 1), (2,), (1, 2)])
 def test_what_is_left_out_for_whole_copies_changes_no_bit_and_for_parts_of_the_model_nothing_is(shape):
     run_ranks(check_bits, 2, shape)
+
+
+def check_clipping():
+    stepped = []
+    for limit in (0.01, 0.0):
+        for own in (True, False):
+            model = sharded(small(**MODA), dtype=torch.float32, compute_dtype=torch.float32)
+            optimizer = build_optimizer(model, OptimizerConfig(lr=0.1, eps=1e-3))
+            sum(model(*tokens(batch=1, seed=torch.distributed.get_rank()))).backward()
+            norm = gradient_norm(optimizer)
+            if own:
+                clip(optimizer, norm, limit)
+            else:
+                total = torch.nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+                torch.testing.assert_close(total.full_tensor(), norm)
+            assert norm > 1
+            optimizer.found_inf = torch.tensor(0.0)  # as in training: the kernel is given both
+            optimizer.step()
+            stepped.append([weight.to_local().detach() for weight in model.parameters()])
+    clipped, expected, free, expected_free = stepped
+    torch.testing.assert_close(clipped, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(free, expected_free, rtol=0, atol=0)
+    assert not any(map(torch.equal, clipped, free))
+
+
+def test_clipping_on_two_ranks_is_that_of_clip_grad_norm():
+    run_ranks(check_clipping, 2)
 
 
 def check_weights():

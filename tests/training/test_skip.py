@@ -116,17 +116,16 @@ def test_a_skipped_step_keeps_every_bit_of_weights_moments_and_step_count(bad):
 
 def poisoned(monkeypatch, bad_steps, factor=math.nan):
     """The gradients of these steps, counted from 1, are multiplied by `factor`."""
-    original = torch.nn.utils.clip_grad_norm_
+    original = torch.nn.utils.get_total_norm
     calls = iter(range(1, 10**6))
 
-    def clip(parameters, limit):
-        parameters = list(parameters)
+    def total_norm(gradients):
         if next(calls) in bad_steps:
-            for p in parameters:
-                p.grad.mul_(factor)
-        return original(parameters, limit)
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return original(gradients)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", total_norm)
 
 
 def test_a_run_skips_a_bad_step_counts_it_and_goes_on_with_finite_losses(shards, tmp_path, monkeypatch):
