@@ -11,7 +11,7 @@ import models.parallelize
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.one_rank import _InPlace, keep_gathered
-from models.parallelize import parallelize
+from models.parallelize import parallelize, units
 from tests.models.plain import small, tokens
 from training.distributed import distributed_world
 
@@ -52,7 +52,7 @@ def gradients(model, micro_batches, sync):
             model.set_requires_gradient_sync(sync or index == micro_batches - 1)
             sum(model(*tokens(seed=index))).backward()
     found = {name: p.grad.to_local() for name, p in model.named_parameters() if p.grad is not None}
-    assert len(reductions.inputs) == (len(model.blocks) + 1) * (micro_batches if sync else 1)
+    assert len(reductions.inputs) == (len(units(model, False)) + 1) * (micro_batches if sync else 1)
     return found, {tensor.untyped_storage().data_ptr() for tensor in reductions.inputs}
 
 
