@@ -92,6 +92,13 @@ else:
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
         torch.library.opcheck(norm_rotary._norm_rotary, (*leaves, *tables, head_dim, 1e-6), test_utils=tests)
 
+    def test_second_derivatives_are_refused():
+        inputs, tables, _, head_dim = case(SHAPES[1], torch.float32, "cpu")
+        leaves = [x.requires_grad_() for x in inputs]
+        q, _, _ = norm_rotary._norm_rotary(*leaves, *tables, head_dim, 1e-6)
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(q.square().sum(), leaves, create_graph=True)
+
     def test_a_model_with_it_is_the_model_without(monkeypatch):
         def run():
             model = build(small(depth_kv=True, ffn_kv_proj=True, value_norm=True), dtype=torch.float32)
