@@ -60,7 +60,7 @@ import os, signal, time
 import torch
 from data.loader import BatchLoader
 _batch = BatchLoader.batch
-_clip = torch.nn.utils.clip_grad_norm_
+_total_norm = torch.nn.utils.get_total_norm
 def _here(rank):
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" and os.environ.get("RANK", "0") == rank
 def _inject(step, action, rank="0"):
@@ -72,11 +72,11 @@ def _inject(step, action, rank="0"):
     BatchLoader.batch = batch
 def _inject_in(step, action, rank="0"):
     steps = iter(range(1, 10**6))
-    def clip(*arguments):
+    def total_norm(*arguments):
         if next(steps) == step and _here(rank):
             action()
-        return _clip(*arguments)
-    torch.nn.utils.clip_grad_norm_ = clip
+        return _total_norm(*arguments)
+    torch.nn.utils.get_total_norm = total_norm
 """
 # The same sums in the same order, where PyTorch leaves that open; what cannot is said in the run's log.
 DETERMINISTIC = """
