@@ -12,6 +12,7 @@ A kernel says itself which calls it cannot take. Optional packages are imported 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-class SequenceKernel:
+class SequenceKernel(ABC):
     """Forward and backward of one vendor's attention, and the calls it takes."""
 
     name = ""
@@ -90,12 +91,13 @@ class SequenceKernel:
         """Why the software is not there, None when it is."""
         return None
 
+    @abstractmethod
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """o [batch, time, query_heads, head_dim] and lse [batch, time, query_heads]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self,
         do: Tensor,
@@ -108,7 +110,6 @@ class SequenceKernel:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv from do (contiguous) and from o and lse in the layouts of a forward."""
-        raise NotImplementedError
 
 
 class CuDNN(SequenceKernel):
@@ -221,11 +222,13 @@ class FlashAttention(SequenceKernel):
         )
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
+    @abstractmethod
     def _forward(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+        """`forward`, of rows without documents or of flattened ones with."""
 
+    @abstractmethod
     def _backward(
         self,
         do: Tensor,
@@ -237,7 +240,7 @@ class FlashAttention(SequenceKernel):
         scale: float,
         documents: Documents | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        raise NotImplementedError
+        """`backward`, likewise."""
 
 
 class FlashOfPyTorch(FlashAttention):

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--histogram", action="store_true", help="read everything: ids, lengths of documents")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="N-grams that validation and training share"
+        "--overlap", type=int, default=0, metavar="N", help="N-grams that validation and training share (0: none)"
     )
     parser.add_argument("--windows", type=int, default=0, metavar="W", help="shares of a mixture over windows of W")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw a batch, as windows and packed")
