@@ -207,12 +207,20 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_copy_is_that_of_
 
 
 def test_the_log_has_the_wait_of_a_save_for_the_one_before(shards, tmp_path, monkeypatch, capsys):
-    original = training.saver._clear
+    original, wait, waits = training.saver._clear, CheckpointSaver.wait, threading.Event()
 
     def clear(path):
-        time.sleep(1.0 if path.name == "step-2" else 0.0)
+        if path.name == "step-2":
+            assert waits.wait(60)
+            time.sleep(0.5)
         original(path)
 
+    def waiting(self):
+        if self._writing is not None:
+            waits.set()
+        return wait(self)
+
+    monkeypatch.setattr(CheckpointSaver, "wait", waiting)
     monkeypatch.setattr(training.saver, "_clear", clear)
     train(short(shards, tmp_path / "run", keep=None))
     said = re.findall(r"step-(\d) \| .*training waited ([\d.]+) s", capsys.readouterr().out)
