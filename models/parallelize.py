@@ -57,13 +57,16 @@ def parallelize(
 
 
 def units(model: Decoder, reshard_after_forward: bool) -> list[list[nn.Module]]:
-    """The blocks, in order, as FSDP2 gathers their weights: one by one where these are to be freed after forward."""
+    """The blocks, in order, as FSDP2 gathers their weights: one by one where these are to be freed after forward.
+
+    The first block is alone: what is gathered first and reduced last, other ranks wait for.
+    """
     blocks = list(model.blocks)
     size = 1
     if not reshard_after_forward:
         largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
         size = max(1, min(UNIT_BLOCKS, UNIT_PARAMETERS // largest))
-    return [blocks[first : first + size] for first in range(0, len(blocks), size)]
+    return [blocks[:1], *(blocks[first : first + size] for first in range(1, len(blocks), size))]
 
 
 def prepare_blocks(

@@ -109,7 +109,7 @@ def test_the_attention_backend_of_a_run_is_that_of_every_layer(fields):
 
 @pytest.mark.parametrize(
     ("width", "reshard_after_forward", "sizes"),
-    [(16, False, [6, 6, 1]), (2048, False, [2] * 6 + [1]), (4096, False, [1] * 13), (16, True, [1] * 13)],
+    [(16, False, [1, 6, 6]), (2048, False, [1] + [2] * 6), (4096, False, [1] * 13), (16, True, [1] * 13)],
 )
 def test_neighbouring_blocks_share_a_unit_unless_they_are_large_or_freed(width, reshard_after_forward, sizes):
     config = small(num_layers=13, hidden_size=width, intermediate_size=3 * width)
