@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 # Waiting OpenMP threads sleep instead of spinning: on a CPU that is shared with others a run is ten times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,7 +33,8 @@ def main(arguments: list[str]) -> int:
     jobs: list[Job] | None = None
     try:
         planned = plan(arguments)
-        print(planned.text, end="")
+        with suppress(OSError):  # a log on a full disk
+            print(planned.text, end="", flush=True)
         if planned.jobs and among_others():
             from training.rendezvous import presence
 
@@ -89,7 +91,8 @@ def train_all(jobs: list[Job]) -> int:
 def say(text: str) -> None:
     """A line for the user, once a host."""
     if SPEAKS:
-        print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):  # a log on a full disk changes no exit status
+            print(text, file=sys.stderr, flush=True)
 
 
 def among_others() -> bool:
@@ -102,7 +105,8 @@ def tell_others(sentence: str) -> None:
     from training.rendezvous import presence
 
     if not presence().refuse(sentence) and not SPEAKS:
-        print(f"error: {sentence}", file=sys.stderr, flush=True)  # for want of a rank that would
+        with suppress(OSError):
+            print(f"error: {sentence}", file=sys.stderr, flush=True)  # for want of a rank that would
 
 
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")

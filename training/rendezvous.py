@@ -312,8 +312,9 @@ def unreachable(size: int, error: RuntimeError) -> str:
 def end_process(text: str, status: int) -> None:
     """From any thread, whatever the main one waits for; one rank of a host speaks, as in train.py."""
     if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0":
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        with suppress(OSError):  # of a full disk, which keeps no rank from ending
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
     else:
         time.sleep(2)  # torchrun stops all ranks when one ends: let the one that speaks be heard
     os._exit(status)

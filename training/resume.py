@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:
         if locked:
             shutil.rmtree(path.with_name(path.name + ASIDE), ignore_errors=True)  # of an earlier one
             path.rename(path.with_name(path.name + ASIDE))
-            print(
-                f"warning: {reason}: it is set aside as {path.name}{ASIDE}, and {newest} is continued.", file=sys.stderr
-            )
+            said = f"warning: {reason}: it is set aside as {path.name}{ASIDE}, and {newest} is continued."
+            with suppress(OSError):  # standard error may go to a full disk
+                print(said, file=sys.stderr)
     return newest
 
 

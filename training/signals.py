@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -61,5 +61,7 @@ def _end_on_second(reader: int, request: StopRequest) -> None:
         request.signal = request.signal or signal.Signals(number)
         first = first or time.monotonic()
         if time.monotonic() - first > RELAY_SECONDS:
-            os.write(2, f"{signal.Signals(number).name} came again: ending at once, without a checkpoint\n".encode())
+            text = f"{signal.Signals(number).name} came again: ending at once, without a checkpoint\n"
+            with suppress(OSError):  # standard error may go to a full disk
+                os.write(2, text.encode())
             os._exit(128 + number)

@@ -24,6 +24,7 @@ import os
 import queue
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class WandbTracker:
                 mode = self._start_online(config, run_name, resolved_config)
             if mode == "offline":
                 self._start(config, "offline", run_name, resolved_config)
-                print(f'wandb: run {self.run_id} is recorded offline; upload it with "wandb sync {self._run_folder}"')
+                _say(f'wandb: run {self.run_id} is recorded offline; upload it with "wandb sync {self._run_folder}"')
         except Exception as error:
             self._give_up(error)
             return
@@ -99,7 +100,7 @@ class WandbTracker:
         self._sender.join(FINISH_TIMEOUT_SECONDS)
         run, self._run = self._run, None
         if self._sender.is_alive():
-            print("wandb: it does not answer; what it lacks is in metrics.jsonl, and the next start sends it")
+            _say("wandb: it does not answer; what it lacks is in metrics.jsonl, and the next start sends it")
         elif run is not None:
             try:
                 run.finish(exit_code=exit_code)
@@ -124,14 +125,14 @@ class WandbTracker:
 
         try:
             if not wandb.login(prompt=False):
-                print('wandb: not logged in, so offline; log in with "wandb login" or set WANDB_API_KEY')
+                _say('wandb: not logged in, so offline; log in with "wandb login" or set WANDB_API_KEY')
                 return "offline"
             self._start(config, "online", run_name, resolved_config)
         except Exception as error:
-            print(f"wandb: cannot go online ({_one_line(error)}), so offline")
+            _say(f"wandb: cannot go online ({_one_line(error)}), so offline")
             return "offline"
         self._next_step = self._run.starting_step
-        print(f"wandb: {self._run.url}")
+        _say(f"wandb: {self._run.url}")
         return "online"
 
     def _start(self, config: WandbConfig, mode: str, run_name: str, resolved_config: Mapping[str, Any]) -> None:
@@ -170,13 +171,18 @@ class WandbTracker:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        print(f"wandb: {_one_line(error)}; the run goes on without wandb, its records are in metrics.jsonl")
+        _say(f"wandb: {_one_line(error)}; the run goes on without wandb, its records are in metrics.jsonl")
 
 
 def previous_run_id(run_dir: str | Path) -> str | None:
     """The id of the newest wandb run in a run directory: that of an attempt that ended before its first checkpoint."""
     folders = sorted(Path(run_dir).glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
     return folders[-1].name.rpartition("-")[2] if folders else None
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a log on a full disk is no reason to end a run
+        print(text, flush=True)
 
 
 def _one_line(error: Exception) -> str:

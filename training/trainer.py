@@ -448,8 +448,8 @@ class Trainer:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes, self.watchdog)
             if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
-            else:
-                self.last_recorded = self.state.step
+            else:  # the record that a signal put off may have been made since, by a start that came to no checkpoint
+                self.last_recorded = self.state.step - bool(self.state.unrecorded)
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")

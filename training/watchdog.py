@@ -235,8 +235,9 @@ class Watchdog(Watch):
             traces = f"no stack traces ({_one_line(error)})"
         if os.environ.get("LOCAL_RANK", "0") == "0" or self._world.rank == 0 or verdict.startswith("rank 0"):
             text = f"error: {verdict}; {traces}. The same command continues the last checkpoint.\n"
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            with suppress(OSError):  # standard error may go to a full disk: that keeps no rank from ending
+                sys.stderr.write(text)
+                sys.stderr.flush()
         if self._world.rank == 0:
             time.sleep(2 * self._interval)  # the store may be in this process: let the others read the verdict
         os._exit(EXIT_STATUS)

@@ -22,9 +22,9 @@ LOOP = "while stop.signal is None: time.sleep(0.01)\n    time.sleep(1.5)"
 IN_C = "mutex = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(mutex) for _ in range(2)]"
 
 
-def start(wait):
+def start(wait, stderr=subprocess.PIPE):
     code = CODE.format(wait=wait)
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=-1, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=-1, stderr=stderr, text=True)
     assert process.stdout.readline() == "ready\n"
     return process
 
@@ -48,3 +48,16 @@ def test_the_second_signal_ends_at_once(wait):
     _, err = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
     assert "SIGTERM came again: ending at once" in err
+
+
+def test_the_second_signal_ends_at_once_where_its_message_finds_no_room():
+    with open("/dev/full", "w") as full:
+        process = start(IN_C, stderr=full)
+    process.send_signal(signal.SIGUSR1)
+    time.sleep(1.3)
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=10) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()

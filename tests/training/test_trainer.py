@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,37 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_it(shards, f
     train(without)
     losses = [record["train/loss"] for record in untimed(without.run.dir)[1:]]
     assert losses == [record["train/loss"] for record in untimed(finished)[1:12]]
+
+
+@pytest.mark.parametrize("interrupted", [10, 20], ids=["in the middle", "at the end"])
+def test_an_evaluation_that_was_made_at_a_start_without_a_checkpoint_is_made_at_the_next_again(
+    interrupted, shards, finished, tmp_path, monkeypatch
+):
+    config = tiny_config(shards, tmp_path / "run")
+    original = training.trainer.Trainer._stopping
+
+    def stopping(self, **options):
+        if self.state.step == interrupted and not options:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, **options)
+
+    monkeypatch.setattr(training.trainer.Trainer, "_stopping", stopping)
+    with pytest.raises(SystemExit):
+        train(config)
+    monkeypatch.undo()
+
+    def fails(self, values):
+        record(self, values)
+        if self.state.step == interrupted + 3:
+            raise RuntimeError("as good as a kill")
+
+    record = training.trainer.Trainer._record
+    monkeypatch.setattr(training.trainer.Trainer, "_record", fails)
+    with pytest.raises(RuntimeError, match="as good as a kill") if interrupted < 20 else nullcontext():
+        train(config)
+    monkeypatch.undo()
+    train(config)
+    assert untimed(config.run.dir) == untimed(finished)
 
 
 def test_a_signal_in_the_first_evaluation_leaves_nothing_to_continue_and_the_next_start_begins(

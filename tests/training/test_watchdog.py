@@ -1,12 +1,17 @@
 """training/watchdog.py on one process; ranks that fail each other are in tests/distributed/test_faults.py."""
 
+import os
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import pytest
+
 from tests.shards import tiny_config
-from training import saver, storage, watchdog
+from tests.training.test_metrics import FullDisk
+from training import rendezvous, saver, storage, watchdog
 from training.trainer import train
 
 
@@ -73,3 +78,19 @@ def test_what_is_done_for_the_first_time_may_take_longer(tmp_path):
     assert watch.limit == watchdog.FIRST * 10
     watch.step_done("step 1")
     assert watch.limit == 10
+
+
+@pytest.mark.parametrize("end", ["watchdog", "rendezvous"])
+def test_a_message_that_finds_no_room_keeps_no_rank_from_ending(end, tmp_path, monkeypatch):
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    with monkeypatch.context() as on_a_full_disk:
+        on_a_full_disk.setattr(sys, "stderr", FullDisk())
+        if end == "watchdog":
+            world = SimpleNamespace(rank=0, size=1, store=None)
+            watchdog.Watchdog(world, tmp_path, factor=1, seconds=0.1)._end("no progress")
+        else:
+            rendezvous.end_process("error: no progress", 75)
+    assert statuses == [75]
