@@ -37,6 +37,7 @@ def _backward(dout, product, dproduct, width, BLOCK: tl.constexpr):
 
 def forward(product: Tensor) -> Tensor:
     """As `models.swiglu.swiglu`, on a contiguous tensor."""
+    assert product.shape[-1] % 2 == 0
     out = product.new_empty(*product.shape[:-1], product.shape[-1] // 2)
     _launch(_forward, product, out, width=out.shape[-1])
     return out

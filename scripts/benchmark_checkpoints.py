@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shlex
@@ -234,9 +235,10 @@ def cost(records: list[Record], output: str, every: int) -> dict[str, Any]:
 
 
 def largest(undisturbed: list[Record], records: list[Record]) -> float:
-    """Largest absolute difference of the losses of the same steps."""
+    """Largest absolute difference of the losses of the same steps; NaN where a loss is."""
     losses = {record["step"]: record["train/loss"] for record in undisturbed}
-    return max(abs(losses[record["step"]] - record["train/loss"]) for record in records)
+    differences = [abs(losses[record["step"]] - record["train/loss"]) for record in records]
+    return max(differences, key=lambda difference: math.inf if math.isnan(difference) else difference)
 
 
 def render(results: dict[str, Any]) -> str:

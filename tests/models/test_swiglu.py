@@ -64,6 +64,10 @@ else:
         torch.testing.assert_close(out, want[0])
         torch.testing.assert_close(grad, want[1])
 
+    def test_a_product_that_has_no_halves_is_refused():
+        with pytest.raises(AssertionError):
+            swiglu.swiglu(torch.ones(3, 7))
+
     def test_the_operator_is_a_good_citizen():
         product, _ = case(SHAPES[1], torch.float32, "cpu")
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")

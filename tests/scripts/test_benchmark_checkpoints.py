@@ -1,6 +1,7 @@
 """scripts/benchmark_checkpoints.py: a whole measurement on a tiny model, and the arithmetic of its table."""
 
 import json
+import math
 import subprocess
 
 import pytest
@@ -51,6 +52,8 @@ def test_losses_of_the_same_steps_are_compared():
     other = records([1.0] * 5)[2:]
     other[1]["train/loss"] += 0.25
     assert largest(records([1.0] * 8), other) == 0.25
+    other[1]["train/loss"] = math.nan
+    assert math.isnan(largest(records([1.0] * 8), other)), "max() alone passes over a NaN that is not the first"
 
 
 def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
