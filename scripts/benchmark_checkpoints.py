@@ -248,7 +248,8 @@ def render(results: dict[str, Any]) -> str:
         return "–" if value is None else f"{value:.2f} s"
 
     def shared(ranks: int) -> str:
-        return f", on {results['gpus']} GPUs" if ranks > results["gpus"] > 0 else ""
+        gpus = results.get("gpus", 0)  # absent in older files
+        return f", on {gpus} GPUs" if ranks > gpus > 0 else ""
 
     rows = [
         f"| {row['step']} | {row['bytes'] / 1e9:.2f} GB | {seconds(row['staging_seconds'])} | "

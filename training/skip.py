@@ -30,6 +30,7 @@ class SpikeFilter:
         self._entered = torch.zeros((), dtype=torch.int64, device=device)  # values that went in so far
         self._in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self._in_all = torch.zeros((), dtype=torch.int64, device=device)
+        self._longest = torch.zeros((), dtype=torch.int64, device=device)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors of this filter themselves, for a checkpoint to save or to fill."""
@@ -62,12 +63,18 @@ class SpikeFilter:
         self._entered += finite
         self._in_a_row.copy_(torch.where(skipped, self._in_a_row + 1, 0))
         self._in_all += skipped
+        self._longest.copy_(torch.maximum(self._longest, self._in_a_row))
         return skipped.float()
 
     @property
     def in_a_row(self) -> int:
         """Steps left out one after the other, up to the last; waits for the device."""
         return int(self._in_a_row)
+
+    @property
+    def longest(self) -> int:
+        """Most steps left out one after the other, in this filter's life; waits for the device."""
+        return int(self._longest)
 
     @property
     def in_all(self) -> int:

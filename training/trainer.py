@@ -298,10 +298,10 @@ class Trainer:
         return {"mfu": full, "mfu_causal": causal}
 
     def _check_skips(self) -> int:
-        """Steps skipped in a row up to this one; raises TrainingError, on all ranks, when they are too many."""
-        skipped = self.spikes.in_a_row
+        """Steps skipped in a row up to this one; raises TrainingError, on all ranks, when too many ever were."""
+        skipped = self.spikes.longest
         if skipped < self.config.training.skip_limit:
-            return skipped
+            return self.spikes.in_a_row
         self.saver.wait()
         saved = f"step {self.saver.saved_step}" if self.saver.saved_step else "none"
         raise TrainingError(

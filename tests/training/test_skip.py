@@ -172,10 +172,20 @@ def test_too_many_in_a_row_end_the_run_with_the_checkpoint_from_before(shards, t
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["train/skipped_steps"] == 0
 
 
+def test_too_many_in_a_row_are_seen_though_the_loop_looks_only_after_they_have_ended(shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.skip_limit, config.checkpoint.every, config.logging.every = 3, 2, 10
+    config.evaluation.every = 0
+    poisoned(monkeypatch, {5, 6, 7})
+    with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*step 4\)"):
+        train(config)
+    assert [p.name for p in find_checkpoints(tmp_path / "run")][-1] == "step-4"
+
+
 def test_the_loop_asks_the_device_only_where_it_logs_or_saves(shards, tmp_path, monkeypatch):
     """`item` on the loss or the filter would be a wait of the host in each step."""
     asked = []
-    for name in ("in_a_row", "in_all"):
+    for name in ("in_a_row", "longest", "in_all"):
         original = getattr(SpikeFilter, name)
         reading = property(lambda self, o=original: asked.append(1) or o.fget(self))
         monkeypatch.setattr(training.trainer.SpikeFilter, name, reading)
@@ -184,4 +194,4 @@ def test_the_loop_asks_the_device_only_where_it_logs_or_saves(shards, tmp_path, 
     config.evaluation.every = 0
     config.training.steps = 6
     train(config)
-    assert len(asked) <= 4  # at the end: record, check, checkpoint
+    assert len(asked) <= 6  # at the end: record, check, checkpoint
