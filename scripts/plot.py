@@ -25,6 +25,12 @@ def main(arguments: list[str] | None = None) -> int:
         except (FileNotFoundError, NotADirectoryError):
             print(f"error: {run_dir} is not the folder of a run: it holds no metrics.jsonl.", file=sys.stderr)
             code = 2
+        except OSError as error:
+            print(
+                f"error: {error.filename} cannot be used ({error.strerror}): give access or make room there.",
+                file=sys.stderr,
+            )
+            code = 2
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2

@@ -18,6 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 PACKING = ("none", "best_fit")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
+LARGEST_WINDOW = 100_000  # steps: each step looks at all of them, on the device
 
 
 class TrainingError(RuntimeError):
@@ -135,7 +136,8 @@ class TrainingConfig:
         for name, word in (("skip_sigmas", "skips only what is no number"), ("hang_factor", "never ends a run")):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"training.{name}", value, f"use a positive number, or 0 ({word})")
-        require(self.skip_window >= 4, "training.skip_window", self.skip_window, "use at least 4 steps")
+        window, largest = self.skip_window, LARGEST_WINDOW
+        require(4 <= window <= largest, "training.skip_window", window, f"use 4 to {largest:,} steps")
         require(self.skip_limit >= 1, "training.skip_limit", self.skip_limit, "use a positive number of steps")
         require(0 < self.hang_seconds < math.inf, "training.hang_seconds", self.hang_seconds, "use a positive number")
         if self.global_batch_size % (self.micro_batch_size * world_size):
@@ -147,7 +149,7 @@ class TrainingConfig:
         remedy = f"use training.global_batch_size={f'{below} or ' if below else ''}{below + unit}"
         share, rest = divmod(self.global_batch_size, world_size)
         if rest == 0:
-            divisor = next(d for d in range(self.micro_batch_size, 0, -1) if share % d == 0)
+            divisor = next(d for d in range(min(self.micro_batch_size, share), 0, -1) if share % d == 0)
             remedy += f", or training.micro_batch_size={divisor}"
         return (
             f"training.global_batch_size={self.global_batch_size} is not divisible by "

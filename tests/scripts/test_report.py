@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scripts import plot
+
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
@@ -51,3 +53,14 @@ def test_plot_draws_the_good_runs_and_names_the_bad_one(tmp_path):
     assert (good / "curves.png").exists()
     assert f"warning: {good / 'metrics.jsonl'}, line 1" in done.stderr
     assert f"error: {tmp_path / 'missing'} is not the folder of a run" in done.stderr
+
+
+def test_curves_that_cannot_be_written_are_one_sentence(tmp_path, monkeypatch, capsys):
+    def full(run_dir, warn):
+        raise OSError(30, "Read-only file system", f"{run_dir}/curves.png")
+
+    monkeypatch.setattr(plot, "draw_curves", full)
+    assert plot.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/curves.png cannot be used (Read-only file system): give access or make room there.\n"
+    )

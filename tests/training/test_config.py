@@ -28,6 +28,8 @@ def test_the_defaults_are_valid():
     [
         ("run.name", " "),
         ("run.dir", ""),
+        ("training.skip_window", 3),
+        ("training.skip_window", 10**12),  # no memory holds it
         ("model.num_layers", 0),
         ("model.num_kv_heads", 3),
         ("model.head_dim", 63),
@@ -131,6 +133,7 @@ def test_the_edge_of_what_is_allowed_is_allowed(key, value):
         (10, 4, 2, "training.global_batch_size=8 or 16, or training.micro_batch_size=1"),
         (6, 4, 2, "training.global_batch_size=8, or training.micro_batch_size=3"),
         (1024, 8, 3, "training.global_batch_size=1008 or 1032"),
+        (4, 10**12, 1, "training.global_batch_size=1000000000000, or training.micro_batch_size=4"),  # at once
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_values_that_do(batch, micro, ranks, remedy):
