@@ -119,7 +119,7 @@ MISTAKES = [
     ),
     (
         "checkpoint.resume=runs/a/checkpoints/step-5",
-        "checkpoint.resume=runs/a/checkpoints/step-5 does not exist: use auto, never or the path of a checkpoint, as "
+        "checkpoint.resume=runs/a/checkpoints/step-5 is no folder: use auto, never or the path of a checkpoint, as "
         "in runs/NAME/checkpoints/step-1000.",
     ),
     (

@@ -19,6 +19,8 @@ PACKING = ("none", "best_fit")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
 LARGEST_WINDOW = 100_000  # steps: each step looks at all of them, on the device
+# Far beyond what can be trained: a slip, refused before anything is estimated, listed or allocated for it.
+LARGEST_BATCH, LARGEST_MICRO_BATCH, MOST_WORKERS = 2**20, 2**24, 256  # instances; tokens; threads
 
 
 class TrainingError(RuntimeError):
@@ -90,9 +92,10 @@ class DataConfig:
             require(
                 not twice, f"{key}.path", entry.path, "it is there before: give it once, with the sum of the weights"
             )
-        require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "use a positive integer")
+        length, largest = self.sequence_length, LARGEST_MICRO_BATCH
+        require(1 <= length <= largest, "data.sequence_length", length, f"use 1 to {largest:,} tokens")
         require(self.packing in PACKING, "data.packing", self.packing, choices(PACKING))
-        require(self.workers >= 1, "data.workers", self.workers, "use a positive integer")
+        require(1 <= self.workers <= MOST_WORKERS, "data.workers", self.workers, f"use 1 to {MOST_WORKERS} threads")
         require(0 < self.timeout < math.inf, "data.timeout", self.timeout, "use a positive number of seconds")
 
 
@@ -118,6 +121,8 @@ class TrainingConfig:
         """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use a positive integer")
+        batch, largest = self.global_batch_size, LARGEST_BATCH
+        require(batch <= largest, "training.global_batch_size", batch, f"use at most {largest:,} instances")
         require(0 <= self.seed < 2**63, "training.seed", self.seed, "use 0 or a positive integer below 2^63")
         require(
             self.stop_at is None or 1 <= self.stop_at <= self.steps,
@@ -324,6 +329,13 @@ class Config:
         self.run.validate()
         self.model.validate()
         self.data.validate()
+        most = LARGEST_MICRO_BATCH // self.data.sequence_length
+        for key, size in (
+            ("training", self.training.micro_batch_size),
+            ("evaluation", self.evaluation.micro_batch_size),
+        ):
+            remedy = f"use at most {most:,} instances of data.sequence_length={self.data.sequence_length}"
+            require(size is None or size <= most, f"{key}.micro_batch_size", size, remedy)
         self.training.validate(world_size)
         self.optimizer.validate()
         self.schedule.validate()

@@ -7,7 +7,7 @@ step is slower; the others are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -22,7 +22,15 @@ MEMORY_EVENTS = 200_000  # allocations and frees that the history of a step may 
 class StepProfiler:
     """Profiles the steps that `config` names, on every rank."""
 
-    def __init__(self, config: ProfileConfig, run_dir: Path, rank: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: ProfileConfig,
+        run_dir: Path,
+        rank: int,
+        device: torch.device,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.say = say
         self.steps, self.cuda = frozenset(config.steps), device.type == "cuda"
         self.memory = config.memory and self.cuda
         self.folder, self.rank = run_dir / "profile", rank
@@ -41,7 +49,12 @@ class StepProfiler:
                 stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
             with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda) as trace:
                 yield  # the end of the profile waits for the device
-            self.folder.mkdir(parents=True, exist_ok=True)
-            trace.export_chrome_trace(str(self.folder / f"step-{step}-rank-{self.rank}.json.gz"))
-            if self.memory:
-                torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                trace.export_chrome_trace(str(self.folder / f"step-{step}-rank-{self.rank}.json.gz"))
+                if self.memory:
+                    torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
+            except OSError as error:  # what a run can do without does not end it
+                self.say(
+                    f"warning: {self.folder} cannot be written ({error.strerror or error}): step {step} has no profile"
+                )

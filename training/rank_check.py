@@ -54,7 +54,7 @@ def check_ranks(world: World, config: Config, run_dir: Path, data: str) -> None:
     free = world.broadcast(shutil.disk_usage(run_dir).free if world.is_main else None)
     if free < needed:
         raise ConfigError(
-            f"run.dir={config.run.dir} has {free / 1e9:.1f} GB free and a checkpoint needs {needed / 1e9:.1f} GB: "
+            f"run.dir={config.run.dir} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
             "make room, or use another folder."
         )
     if world.size == 1:

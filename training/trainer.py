@@ -131,7 +131,7 @@ class Trainer:
         self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
         self.console = Console(config.training.steps, enabled=world.is_main)
         self.garbage = GarbageCollection()
-        self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device)
+        self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device, self.console.say)
         self.after_step: list[Callable[[int], None]] = [self.garbage]  # called with steps done
         self._build_data()
         watchdog.mark("the data")
@@ -336,6 +336,8 @@ class Trainer:
         if self.stop.signal is not None:
             self.console.say(f"{self.stop.signal.name} came: stopping after step {state.step}")
         self.saver.wait()
+        if skipped := self.spikes.in_a_row:
+            self.console.say(f"warning: the last {skipped} steps were skipped: the weights are those of before them")
         if state.step != self.saver.saved_step:
             self._save()
             if not self.saver.wait():

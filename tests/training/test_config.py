@@ -30,6 +30,10 @@ def test_the_defaults_are_valid():
         ("run.dir", ""),
         ("training.skip_window", 3),
         ("training.skip_window", 10**12),  # no memory holds it
+        ("training.global_batch_size", 4 * 10**12),
+        ("training.micro_batch_size", 10**5),  # 400 M tokens
+        ("data.sequence_length", 10**9),
+        ("data.workers", 100_000),
         ("model.num_layers", 0),
         ("model.num_kv_heads", 3),
         ("model.head_dim", 63),
@@ -80,6 +84,7 @@ def test_the_defaults_are_valid():
         ("evaluation.every", -1),
         ("evaluation.instances", 0),
         ("evaluation.micro_batch_size", 0),
+        ("evaluation.micro_batch_size", 10**10),
         ("logging.every", 0),
         ("logging.wandb.mode", "ofline"),
         ("logging.wandb.project", ""),
@@ -133,7 +138,7 @@ def test_the_edge_of_what_is_allowed_is_allowed(key, value):
         (10, 4, 2, "training.global_batch_size=8 or 16, or training.micro_batch_size=1"),
         (6, 4, 2, "training.global_batch_size=8, or training.micro_batch_size=3"),
         (1024, 8, 3, "training.global_batch_size=1008 or 1032"),
-        (4, 10**12, 1, "training.global_batch_size=1000000000000, or training.micro_batch_size=4"),  # at once
+        (4, 4000, 1, "training.global_batch_size=4000, or training.micro_batch_size=4"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused_with_values_that_do(batch, micro, ranks, remedy):

@@ -91,3 +91,12 @@ def test_a_step_that_fails_leaves_no_profile_and_ends_the_history_of_memory(tmp_
         raise RuntimeError("a step failed")
     assert history == ["waited", {"max_entries": profiling.MEMORY_EVENTS}, {"enabled": None}]
     assert not profiler.folder.exists()
+
+
+def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "profile").write_text("a file in place of the folder")
+    said = []
+    profiler = StepProfiler(ProfileConfig([5]), tmp_path, 0, torch.device("cpu"), said.append)
+    with profiler.of_step(5):
+        torch.ones(3).sum()
+    assert said == [f"warning: {tmp_path}/profile cannot be written (File exists): step 5 has no profile"]

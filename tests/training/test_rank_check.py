@@ -42,6 +42,6 @@ def test_hosts_may_have_data_under_paths_of_their_own():
 def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(training.rank_check, "BYTES_PER_PARAMETER", 10**18)
     config = tiny_config(shards, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"GB free and a checkpoint needs .* make room"):
+    with pytest.raises(ConfigError, match=r"MB free and a checkpoint needs .* make room"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -174,12 +174,19 @@ def test_too_many_in_a_row_end_the_run_with_the_checkpoint_from_before(shards, t
 
 def test_too_many_in_a_row_are_seen_though_the_loop_looks_only_after_they_have_ended(shards, tmp_path, monkeypatch):
     config = tiny_config(shards, tmp_path / "run")
-    config.training.skip_limit, config.checkpoint.every, config.logging.every = 3, 2, 10
+    config.training.skip_limit, config.checkpoint.every, config.logging.every = 3, 4, 10
     config.evaluation.every = 0
     poisoned(monkeypatch, {5, 6, 7})
     with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*step 4\)"):
         train(config)
     assert [p.name for p in find_checkpoints(tmp_path / "run")][-1] == "step-4"
+
+
+def test_a_run_whose_last_steps_were_skipped_says_so(shards, tmp_path, monkeypatch, capsys):
+    config = tiny_config(shards, tmp_path / "run")
+    poisoned(monkeypatch, {config.training.steps - 1, config.training.steps})
+    train(config)
+    assert "warning: the last 2 steps were skipped: the weights are those of before them" in capsys.readouterr().out
 
 
 def test_the_loop_asks_the_device_only_where_it_logs_or_saves(shards, tmp_path, monkeypatch):
@@ -194,4 +201,4 @@ def test_the_loop_asks_the_device_only_where_it_logs_or_saves(shards, tmp_path, 
     config.evaluation.every = 0
     config.training.steps = 6
     train(config)
-    assert len(asked) <= 6  # at the end: record, check, checkpoint
+    assert len(asked) <= 7  # at the end: record, check, checkpoint, warning
