@@ -108,7 +108,7 @@ def test_more_evaluation_instances_than_there_are_is_fine(config):
 
 def test_a_checkpoint_that_is_not_there_is_refused(config, tmp_path):
     config.checkpoint.resume = str(tmp_path / "step-5")
-    assert message(ConfigError, config).startswith(f"checkpoint.resume={tmp_path / 'step-5'} does not exist")
+    assert message(ConfigError, config).startswith(f"checkpoint.resume={tmp_path / 'step-5'} is no folder")
     (tmp_path / "step-5").mkdir()
     preflight(config)
 
