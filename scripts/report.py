@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename} cannot be used ({error.strerror}): give access or make room.", file=sys.stderr)
+        return 2
     print(report.text)
     print(f"written: {report.markdown} and {report.picture}")
     return 0

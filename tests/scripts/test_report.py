@@ -45,6 +45,16 @@ def test_report_of_a_folder_without_runs_is_one_sentence_and_exit_code_2(tmp_pat
     assert done.stderr == f"error: {tmp_path} holds no run: a run is a folder with config.yaml and metrics.jsonl.\n"
 
 
+def test_a_report_that_cannot_be_written_is_one_sentence_and_exit_code_2(tmp_path):
+    write_run(tmp_path / "runs" / "slow", 0.1, 4.0)
+    (tmp_path / "runs" / "report.md").mkdir()
+    done = run("report.py", Path("runs"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert done.stderr.splitlines()[-1].endswith(" cannot be used (Is a directory): give access or make room.")
+
+
 def test_plot_draws_the_good_runs_and_names_the_bad_one(tmp_path):
     good = write_run(tmp_path / "good", 0.1, 4.0)
     done = run("plot.py", tmp_path / "missing", good, cwd=tmp_path)
