@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from models.decoder import Decoder
 from scripts.checkpoint import main, tensors
 from tests.shards import tiny_config
-from tests.training.test_checkpoint import crafted_tensors, resealed
+from tests.training.test_untrusted_checkpoint import crafted_tensors, resealed
 from training.checkpoint import MARKER, find_checkpoints
 from training.storage import METADATA, read_metadata
 from training.trainer import train

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import threading
@@ -13,48 +12,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
 import training.saver
 import training.storage
 from models.config import ConfigError
-from tests.shards import tiny_config
+from tests.training.runs import short
 from training.checkpoint import MARKER, Marker, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
 from training.resume import choose_checkpoint
 from training.saver import CheckpointSaver
-from training.storage import METADATA, UnsafeCheckpointError, read_metadata
+from training.storage import METADATA
 from training.trainer import Trainer, train
 
 
 def names(run_dir):
     return sorted(path.name for path in (Path(run_dir) / "checkpoints").iterdir())
-
-
-def short(shards, run_dir, **checkpoint):
-    """Eight steps, a checkpoint every second, nothing else."""
-    config = tiny_config(shards, run_dir)
-    config.training.steps, config.checkpoint.every, config.evaluation.every = 8, 2, 0
-    for name, value in checkpoint.items():
-        setattr(config.checkpoint, name, value)
-    return config
-
-
-@pytest.fixture(scope="module")
-def saved(shards, tmp_path_factory):
-    """A finished run with checkpoints of steps 2, 4, 6, 8. Read only: tests that write copy it."""
-    config = short(shards, tmp_path_factory.mktemp("saved") / "run", keep=None)
-    train(config)
-    return Path(config.run.dir)
-
-
-@pytest.fixture
-def run(saved, shards, tmp_path):
-    """A copy of that run, and the configuration that continues it."""
-    shutil.copytree(saved, tmp_path / "run")
-    return short(shards, tmp_path / "run", keep=None)
 
 
 def losses(run_dir):
@@ -452,97 +426,3 @@ def test_what_fails_after_the_marker_is_a_warning(function, error, shards, saved
     assert str(error) in printed
     assert names(tmp_path / "run") == names(saved)
     assert losses(tmp_path / "run") == losses(saved)
-
-
-class Payload:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return (open, (self.target, "w"))
-
-
-def resealed(path):
-    """The checksums of a checkpoint, as one who can write all files would set them."""
-    content = json.loads((path / MARKER).read_text())
-    for name in content["bytes"]:
-        content["bytes"][name] = (path / name).stat().st_size
-        content["sha256"][name] = training.storage.checksum(path / name)
-    (path / MARKER).write_text(json.dumps(content))
-
-
-def crafted_metadata(path, target):
-    (path / METADATA).write_bytes(pickle.dumps(Payload(target)))
-
-
-def crafted_entry(path, target):
-    """Metadata that dcp would follow to bytes which it unpickles: plain classes only."""
-    metadata = read_metadata(path)
-    key = next(iter(metadata.state_dict_metadata))
-    (path / METADATA).write_bytes(
-        pickle.dumps(
-            Metadata(
-                {**metadata.state_dict_metadata, key: BytesStorageMetadata()},
-                metadata.planner_data,
-                metadata.storage_data,
-                StorageMeta(),
-            )
-        )
-    )
-
-
-def crafted_tensors(path, target):
-    """Tensor files whose every entry is a pickle with the payload."""
-    metadata = read_metadata(path)
-    for name in {info.relative_path for info in metadata.storage_data.values()}:
-        (path / name).unlink()
-    for info in metadata.storage_data.values():
-        with open(path / info.relative_path, "ab") as file:
-            info.offset = file.tell()
-            torch.save(Payload(target), file)
-            info.length = file.tell() - info.offset
-    (path / METADATA).write_bytes(pickle.dumps(metadata))
-
-
-def crafted_shapes(path, target):
-    """No code, but tensors that the model does not have."""
-    metadata = read_metadata(path)
-    for entry in metadata.state_dict_metadata.values():
-        entry.size = torch.Size([10**9])
-    (path / METADATA).write_bytes(pickle.dumps(metadata))
-
-
-def crafted_path(path, target):
-    metadata = read_metadata(path)
-    next(iter(metadata.storage_data.values())).relative_path = "../../../etc/passwd"
-    (path / METADATA).write_bytes(pickle.dumps(metadata))
-
-
-@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_shapes, crafted_path])
-def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
-    path = Path(run.run.dir) / "checkpoints" / "step-6"
-    shutil.rmtree(path.with_name("step-8"))
-    craft(path, str(tmp_path / "executed"))
-    resealed(path)
-    with pytest.raises(ConfigError, match=r"step-6 is not loaded: "):
-        train(run)
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"no pickle",
-        pickle.dumps({"a": 1}),
-        pickle.dumps(os.system),
-        b"\x80\x02X\x01\0\0\0\x80.",
-        b"\x80\x02\x82\x01.",
-    ],
-)
-def test_metadata_that_is_something_else_is_refused(content, tmp_path):
-    (tmp_path / METADATA).write_bytes(content)
-    with pytest.raises(UnsafeCheckpointError):
-        read_metadata(tmp_path)

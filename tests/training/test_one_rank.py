@@ -9,8 +9,8 @@ import torch.distributed.checkpoint as dcp
 
 from models.decoder import Decoder
 from tests.shards import tiny_config
+from tests.training.runs import untimed
 from tests.training.test_skip import poisoned
-from tests.training.test_trainer import untimed
 from training.trainer import train
 
 STEPS = 20

@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import weakref
-from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ import torch
 import training.trainer
 from models.config import ConfigError
 from tests.shards import tiny_config, write_shards
+from tests.training.runs import untimed
 from training.checkpoint import find_checkpoints
 from training.config import TrainingError
 from training.lock import run_lock
@@ -24,24 +23,6 @@ from training.metrics import read_metrics
 from training.optimizer import build_optimizer
 from training.preflight import preflight
 from training.trainer import train
-
-TIMED = ("throughput/", "memory/", "time/")
-
-
-def untimed(run_dir):
-    """The records of a run without what a clock or an allocator says."""
-    return [
-        {key: value for key, value in record.items() if not key.startswith(TIMED)}
-        for record in read_metrics(Path(run_dir) / "metrics.jsonl")
-    ]
-
-
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    """A run of twenty steps in one go. Read only: tests that write copy it."""
-    config = tiny_config(shards, tmp_path_factory.mktemp("runs") / "finished")
-    train(config)
-    return Path(config.run.dir)
 
 
 def test_a_run_learns_and_leaves_a_directory_that_stands_alone(finished):
@@ -339,105 +320,6 @@ def test_the_random_state_is_that_of_the_checkpoint(shards, tmp_path, monkeypatc
     config.training.stop_at = None
     train(config)
     assert torch.equal(states[1], torch.manual_seed(77).get_state())
-
-
-def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished, tmp_path, monkeypatch):
-    config = tiny_config(shards, tmp_path / "run")
-    original = training.trainer.Trainer._record
-
-    def record(self, values):
-        original(self, values)
-        if self.state.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(training.trainer.Trainer, "_record", record)
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped:
-        train(config)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == handler
-    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-7"]
-    monkeypatch.undo()
-    train(config)
-    assert untimed(config.run.dir) == untimed(finished)
-
-
-def test_a_signal_in_an_evaluation_ends_it_and_the_next_start_makes_it(shards, finished, tmp_path, monkeypatch):
-    config = tiny_config(shards, tmp_path / "run")
-    original, asked = training.trainer.Trainer._stopping, []
-
-    def stopping(self, **options):
-        if self.state.step == 10 and not options:  # asked between the batches of the evaluation
-            asked.append(1)
-            if len(asked) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, **options)
-
-    monkeypatch.setattr(training.trainer.Trainer, "_stopping", stopping)
-    with pytest.raises(SystemExit) as stopped:
-        train(config)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    assert len(asked) == 2
-    assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-10"]
-    assert untimed(config.run.dir) == untimed(finished)[:10]  # steps 0 to 9
-    monkeypatch.undo()
-    without = tiny_config(shards, shutil.copytree(tmp_path / "run", tmp_path / "without"))
-    train(config)
-    assert untimed(config.run.dir) == untimed(finished)
-    without.evaluation.every, without.training.stop_at = 0, 11
-    train(without)
-    losses = [record["train/loss"] for record in untimed(without.run.dir)[1:]]
-    assert losses == [record["train/loss"] for record in untimed(finished)[1:12]]
-
-
-@pytest.mark.parametrize("interrupted", [10, 20], ids=["in the middle", "at the end"])
-def test_an_evaluation_that_was_made_at_a_start_without_a_checkpoint_is_made_at_the_next_again(
-    interrupted, shards, finished, tmp_path, monkeypatch
-):
-    config = tiny_config(shards, tmp_path / "run")
-    original = training.trainer.Trainer._stopping
-
-    def stopping(self, **options):
-        if self.state.step == interrupted and not options:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, **options)
-
-    monkeypatch.setattr(training.trainer.Trainer, "_stopping", stopping)
-    with pytest.raises(SystemExit):
-        train(config)
-    monkeypatch.undo()
-
-    def fails(self, values):
-        record(self, values)
-        if self.state.step == interrupted + 3:
-            raise RuntimeError("as good as a kill")
-
-    record = training.trainer.Trainer._record
-    monkeypatch.setattr(training.trainer.Trainer, "_record", fails)
-    with pytest.raises(RuntimeError, match="as good as a kill") if interrupted < 20 else nullcontext():
-        train(config)
-    monkeypatch.undo()
-    train(config)
-    assert untimed(config.run.dir) == untimed(finished)
-
-
-def test_a_signal_in_the_first_evaluation_leaves_nothing_to_continue_and_the_next_start_begins(
-    shards, finished, tmp_path, monkeypatch
-):
-    config = tiny_config(shards, tmp_path / "run")
-    original = training.trainer.Trainer._train
-
-    def begin(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-        original(self)
-
-    monkeypatch.setattr(training.trainer.Trainer, "_train", begin)
-    with pytest.raises(SystemExit):
-        train(config)
-    assert find_checkpoints(tmp_path / "run") == []
-    monkeypatch.undo()
-    train(config)
-    assert untimed(config.run.dir) == untimed(finished)
 
 
 def test_elapsed_time_goes_on_after_a_resume(shards, tmp_path):
