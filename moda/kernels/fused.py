@@ -45,7 +45,7 @@ HALF: dict[str, list[tuple[int, Tiles]]] = {
     "forward": [(64, Tiles(128, 64, 8, 3)), (128, Tiles(64, 64, 4, 3))],
     "depth": [(128, Tiles(64, 64, 4, 3))],
     "query": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(128, 64, 8, 3))],
-    "keys": [(64, Tiles(128, 64, 4, 2)), (128, Tiles(32, 64, 4, 3))],
+    "keys": [(64, Tiles(64, 64, 4, 3)), (128, Tiles(32, 64, 4, 3))],
 }
 # fp32 has no tensor-core product of full precision: products are plain arithmetic on small tiles.
 FULL: dict[str, list[tuple[int, Tiles]]] = {
@@ -66,6 +66,11 @@ def taking_turns(pairs: int, tiles: int, nbytes: int) -> int:
     """
     wanted = min(pairs, max(CACHE_BYTES // nbytes, triton.cdiv(PROGRAMS, tiles)))
     return next(n for n in range(max(1, wanted), pairs + 1) if pairs % n == 0)
+
+
+def _most_tokens(rows: int, group: int) -> int:
+    """Tokens that a tile of so many rows has, or parts of."""
+    return rows // group if rows % group == 0 else (rows - 2) // group + 2
 
 
 def document_bounds(cu_seqlens: Tensor, batch: int, time: int) -> tuple[Tensor, Tensor]:
@@ -132,6 +137,7 @@ def joint_forward(
             D=head_dim,
             DP=triton.next_power_of_2(head_dim),
             SHARE=min(group & -group, launch.rows),
+            TOKENS=triton.next_power_of_2(_most_tokens(launch.rows, group)),
             BLOCK_M=launch.rows,
             BLOCK_N=launch.keys,
             STAGES=launch.stages,

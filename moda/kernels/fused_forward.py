@@ -2,8 +2,11 @@
 
 A *row* is one query head of one token. The G query heads that share a kv head are rows of one tile: row R of a kv head
 is head R % G of token R // G, so that what is loaded of keys and values, of the sequence or of slots, serves all of
-them. A tile goes through its slots first, in plain arithmetic (one key of its own a row: nothing for a tensor core),
-and from that state through the keys of its sequence, in products. Padded head_dim (DP for D) is masked.
+them. A tile goes through its slots first and from that state through the keys of its sequence. Padded head_dim (DP for
+D) is masked.
+
+The slots of a tile are products too, of all its rows with the slots of all its tokens, of which each row's own count:
+tensor cores waste that faster than plain arithmetic does without. fp32, which they do not have, is plain arithmetic.
 
 Scores are kept times log2(e), for exp2: m is their running maximum, `total` the running sum, acc the running output.
 """
@@ -13,7 +16,6 @@ import triton.language as tl
 
 from moda.kernels.precision import (
     LN2,
-    LOG2E,
     add_product,
     exp2,
     exp2_scaled,
@@ -65,6 +67,55 @@ def key_ranges(starts, first, last, offset, BLOCK_N: tl.constexpr, DOCUMENTS: tl
 
 @triton.jit
 def attend_slots(
+    queries,
+    keys,  # at the first token of the tile in slot 0
+    values,
+    token,  # of the queries, from the first of the tile on
+    tokens,  # of the sequence, likewise
+    slots,
+    slot_stride,
+    token_stride,
+    scale,  # for exp2
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """State of the softmax, acc [BLOCK_M, DP], m and total [BLOCK_M], after all slots.
+
+    TOKENS, a power of two, is no less than those of a tile; so many neighbours of a slot are loaded together, and so
+    many slots that there are BLOCK_N keys, or more.
+    """
+    BLOCK: tl.constexpr = max(1, BLOCK_N // TOKENS)  # slots
+    key, d = tl.arange(0, TOKENS * BLOCK), tl.arange(0, DP)
+    j, key_token = key // TOKENS, key % TOKENS
+    own = token[:, None] == key_token[None, :]
+    at_kv = j[:, None].to(tl.int64) * slot_stride + (key_token * token_stride)[:, None] + d[None, :]
+    step = tl.cast(slot_stride, tl.int64) * BLOCK
+    acc = tl.zeros([BLOCK_M, DP], tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for first in tl.range(0, slots, BLOCK, num_stages=STAGES):
+        there = (j < slots - first) & (key_token < tokens)
+        in_kv = there[:, None] & (d < D)[None, :]
+        k = tl.load(keys + at_kv, mask=in_kv, other=0.0)
+        v = tl.load(values + at_kv, mask=in_kv, other=0.0)
+        s = tl.where(own & there[None, :], inner_products(queries, k, False) * scale, float("-inf"))
+        m_next = tl.maximum(m, tl.max(s, 1))
+        shrink = tl.exp2(m - m_next)
+        p = tl.exp2(s - m_next[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        acc = add_product(p.to(v.dtype), v, acc * shrink[:, None], False)
+        m = m_next
+        keys += step
+        values += step
+    return acc, m, total
+
+
+@triton.jit
+def attend_slots_in_full(
     q,  # at the first token of the tile
     keys,  # at the first token of the tile in slot 0
     values,
@@ -83,9 +134,8 @@ def attend_slots(
     BLOCK_M: tl.constexpr,
     ALIGNED: tl.constexpr,
     STAGES: tl.constexpr,
-    FULL: tl.constexpr,
 ):
-    """State of the softmax, acc [BLOCK_M, DP], m and total [BLOCK_M], after all slots.
+    """As `attend_slots`, for fp32 (`moda.kernels.precision`).
 
     SHARE heads of a token, a power of two that divides G, read a key together. They are the first axis, so that a
     thread holds all the queries of what it has loaded of a key.
@@ -98,16 +148,13 @@ def attend_slots(
     heads = head[None, :] + tl.arange(0, SHARE)[:, None]
     at_q = (token[None, :] * q_time_stride + heads * q_head_stride)[:, :, None] + d[None, None, :]
     queries = tl.load(q + at_q, mask=in_kv[None, :, :], other=0.0).to(tl.float32)
-    if not FULL:
-        queries *= scale * LOG2E
-    SUMS: tl.constexpr = tl.float64 if FULL else tl.float32
-    acc = tl.zeros([SHARE, UNITS, DP], SUMS)
+    acc = tl.zeros([SHARE, UNITS, DP], tl.float64)
     m = tl.full([SHARE, UNITS], LOWEST, tl.float32)
-    total = tl.zeros([SHARE, UNITS], SUMS)
+    total = tl.zeros([SHARE, UNITS], tl.float64)
     for _ in tl.range(0, slots, num_stages=STAGES):
         key = tl.load(keys + at_kv, mask=in_kv, other=0.0).to(tl.float32)
         value = tl.load(values + at_kv, mask=in_kv, other=0.0).to(tl.float32)
-        s = slot_exponents(queries, key[None, :, :], scale) if FULL else tl.sum(queries * key[None, :, :], 2)
+        s = slot_exponents(queries, key[None, :, :], scale)
         m_next = tl.maximum(m, s.to(tl.float32))
         shrink = tl.exp2(m - m_next)
         p = exp2(s - m_next)
@@ -217,6 +264,7 @@ def forward(
     D: tl.constexpr,
     DP: tl.constexpr,
     SHARE: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -241,36 +289,25 @@ def forward(
     v += batch * v_batch_stride + kv_head * v_head_stride
     factor, factor_low = in_powers_of_two(scale, FULL)
 
-    if DEPTH:
-        at_slot = ((batch * time + first_token) * kv_heads + kv_head) * D
-        acc, m, total = attend_slots(
-            q,
-            keys + at_slot,
-            values + at_slot,
-            first,
-            time - first_token,
-            slots,
-            slot_stride,
-            kv_heads * D,
-            q_time_stride,
-            q_head_stride,
-            scale,
-            G,
-            D,
-            DP,
-            SHARE,
-            BLOCK_M,
-            ALIGNED,
-            SLOT_STAGES,
-            FULL,
-        )
-    else:
+    at_q = (token * q_time_stride + head * q_head_stride)[:, None] + d[None, :]
+    queries = tl.load(q + at_q, mask=in_q, other=0.0)
+    at_slot = ((batch * time + first_token) * kv_heads + kv_head) * D
+    tokens = time - first_token
+    if not DEPTH:
         acc = tl.zeros([BLOCK_M, DP], tl.float32)
         m = tl.full([BLOCK_M], LOWEST, tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
+    elif FULL:
+        acc, m, total = attend_slots_in_full(
+            q, keys + at_slot, values + at_slot, first, tokens, slots, slot_stride, kv_heads * D, q_time_stride,
+            q_head_stride, scale, G, D, DP, SHARE, BLOCK_M, ALIGNED, SLOT_STAGES,
+        )  # fmt: skip
+    else:
+        acc, m, total = attend_slots(
+            queries, keys + at_slot, values + at_slot, token, tokens, slots, slot_stride, kv_heads * D, factor, D, DP,
+            BLOCK_M, BLOCK_N, TOKENS, SLOT_STAGES,
+        )  # fmt: skip
 
-    at_q = (token * q_time_stride + head * q_head_stride)[:, None] + d[None, :]
-    queries = tl.load(q + at_q, mask=in_q, other=0.0)
     position = offset + first_token + token
     start = position
     if DOCUMENTS:

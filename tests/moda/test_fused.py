@@ -1,4 +1,4 @@
-"""The fused backend in Triton's interpreter, in fp32, against the definition in float64."""
+"""The fused backend in Triton's interpreter, in fp32 and fp16, against the definition in float64."""
 
 import importlib.util
 
@@ -27,6 +27,7 @@ else:
     from tests.moda.fused_cases import DOCUMENTS, EXTREMES, SHAPES, Call
 
     TOLERANCE = 3e-6
+    HALF_TOLERANCE = 1e-3  # that of fp16; bf16 is for a GPU, as the interpreter has no product in it
     SMALL, WIDE = launches.Tiles(16, 16, 4, 2, 2), launches.Tiles(16, 32, 4, 2, 2)  # several of them in a small case
 
     def tile(monkeypatch, tiles):
@@ -42,6 +43,13 @@ else:
         tile(monkeypatch, SMALL)
         call = Call(shape)
         call.check(call.run(), TOLERANCE)
+
+    @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape[5] and shape[1] * shape[3] < 250], ids=str)
+    def test_slots_are_products_in_fp16_and_equal_the_definition(shape, monkeypatch):
+        if shape[1] * shape[3] < 110:
+            tile(monkeypatch, SMALL)
+        call = Call(shape, torch.float16)
+        call.check(call.run(), HALF_TOLERANCE)
 
     @pytest.mark.parametrize("tiles", [SMALL, WIDE], ids=["small", "wide"])
     @pytest.mark.parametrize("documents", DOCUMENTS, ids=lambda d: f"{len(d) - 1} documents")
