@@ -21,8 +21,8 @@ from moda import kernels
 from moda.first_order import first_order
 from models.layers import at_least_fp32
 
-CHUNK_BYTES = 2**30  # of logits: large products run at full speed, and the buffer is small beside activations
-CHUNK_MULTIPLE = 128  # tokens of a chunk are a multiple of this, so that its products have aligned shapes
+CHUNK_BYTES = 2**30  # of logits, at most: large products run at full speed, the buffer is small beside activations
+LEAST_TOKENS = 128  # of a chunk
 
 
 class Loss(NamedTuple):
@@ -108,9 +108,9 @@ def _over_chunks(
 
 
 def chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """Tokens of a chunk: equal chunks of at most about CHUNK_BYTES of logits each."""
-    chunks = -(-tokens * vocabulary * dtype.itemsize // CHUNK_BYTES)
-    return min(tokens, -(-tokens // (chunks * CHUNK_MULTIPLE)) * CHUNK_MULTIPLE)
+    """Tokens of a chunk, but for the last: a power of two, for which products never have an unlucky shape."""
+    most = max(LEAST_TOKENS, CHUNK_BYTES // (vocabulary * dtype.itemsize))
+    return min(tokens, 1 << most.bit_length() - 1)
 
 
 def _softmax_rows(

@@ -109,12 +109,19 @@ if not kernels.INTERPRETED:
             errors = [error(*pair) for pair in zip(torch.autograd.grad(sum(got), (hidden, weight)), exact, strict=True)]
             assert errors == pytest.approx(whole_errors, rel=0.02)
 
-    def test_chunks_are_equal_aligned_and_within_the_limit():
-        size = chunk_tokens(32768, 100352, torch.bfloat16)
-        assert size % 128 == 0
-        assert size * 100352 * 2 < 1.1 * models.cross_entropy.CHUNK_BYTES
-        assert -(-32768 // size) * size - 32768 < 7 * 128
-        assert chunk_tokens(10, 100352, torch.bfloat16) == 10
+    @pytest.mark.parametrize(
+        ("tokens", "vocabulary", "dtype", "size"),
+        [
+            (32768, 100352, torch.bfloat16, 4096),
+            (32768, 100352, torch.float32, 2048),
+            (5000, 100352, torch.bfloat16, 4096),
+            (65536, 50304, torch.bfloat16, 8192),
+            (10, 100352, torch.bfloat16, 10),
+            (1000, 2**26, torch.float32, 128),
+        ],
+    )
+    def test_chunks_are_a_power_of_two_of_tokens_within_the_limit(tokens, vocabulary, dtype, size):
+        assert chunk_tokens(tokens, vocabulary, dtype) == size
 
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
