@@ -47,7 +47,7 @@ class Configuration(NamedTuple):
 HALF: dict[str, list[tuple[int, int, Configuration]]] = {
     "forward": [
         (4, 32, Configuration(0, 32, 4, 3)),
-        (2, 64, Configuration(0, 16, 2, 3)),
+        (2, 64, Configuration(0, 32, 4, 3)),
         (8, 64, Configuration(1, 32, 1, 2)),
         (4, 128, Configuration(0, 8, 2, 3)),
         (32, 64, Configuration(1, 16, 1, 2)),
