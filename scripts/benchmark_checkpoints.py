@@ -1,11 +1,12 @@
 """What checkpoints cost, and whether a killed run goes on: `python scripts/benchmark_checkpoints.py --data SHARDS
 --out DIR [--gpus 2] [--every 100] [--cost-only]`.
 
-In: token shards. First a run of train.py on all GPUs, `--every` steps without checkpoints and twice as many with one
-every `--every`: how long training waits for each, and its throughput against that without. Then a run of the same
-configuration that is killed (SIGKILL of all ranks) and continued on each number of GPUs of `--resume-on`, one after the
-other; its losses against those of the first run. More ranks than there are GPUs share them. Out: `checkpoints.json` and
-the logs in DIR, the result as Markdown.
+In: token shards. First a run of train.py on all GPUs, three times `--every` steps with `checkpoint.every` set to that:
+how long training waits for each checkpoint, and its throughput from the second on, when saves begin as early as writes
+need, against that before the first. Then a run of the same configuration that is killed (SIGKILL of all ranks), which
+fails where more than `checkpoint.every` steps are lost, and is continued on each number of GPUs of `--resume-on`, one
+after the other; its losses against those of the first run. More ranks than there are GPUs share them. Out:
+`checkpoints.json` and the logs in DIR, the result as Markdown.
 Checkpoints (three at most at a time) go to a temporary folder in `--scratch`, and are deleted.
 
     --cost-only       without the run that is killed
@@ -115,7 +116,7 @@ def kill_and_resume(options: argparse.Namespace, run_dir: Path, undisturbed: lis
     """What is lost of a run that is killed, and how its losses go on from those of `undisturbed`."""
     broken = Runs(options, run_dir)
     # More often, so that there is one soon; the interval changes no loss.
-    results: dict[str, Any] = broken.kill(options.gpus, f"checkpoint.every={AFTER}")
+    results: dict[str, Any] = broken.kill(options.gpus, AFTER)
     before = read_metrics(broken.run_dir / "metrics.jsonl")
     results |= {"apart_before": largest(undisturbed, before), "gpus": torch.cuda.device_count(), "resumed": []}
     for ranks in options.resume_on:
@@ -152,9 +153,12 @@ class Runs:
             raise StepsFailed(f"{reason(output, process.returncode)} (all of it: {log})", output)
         return output
 
-    def kill(self, ranks: int, *overrides: str) -> dict[str, int]:
-        """A start that is killed some steps after its first checkpoint. Returns the steps it reached and lost."""
-        process, log = self._start(ranks, overrides)
+    def kill(self, ranks: int, every: int) -> dict[str, int]:
+        """A start that is killed some steps after its first checkpoint. Returns the steps it reached and lost.
+
+        Raises StepsFailed where it comes to no checkpoint, or loses more than `every` steps.
+        """
+        process, log = self._start(ranks, (f"checkpoint.every={every}",))
         begin, first = time.monotonic(), None
         while first is None or self._step() < first + 5:
             time.sleep(0.05)
@@ -167,8 +171,12 @@ class Runs:
         _kill(process)
         reached = self._step()
         saved = read_marker(find_checkpoints(self.run_dir)[-1]).state.step
-        say(f"killed after step {reached}; its newest checkpoint is of step {saved}")
-        return {"killed_at": reached, "lost": reached - saved}
+        lost = reached - saved
+        say(f"killed after step {reached}, newest checkpoint of step {saved}: {lost} steps lost, of {every} at most")
+        if lost > every:
+            output = log.read_text(errors="replace")
+            raise StepsFailed(f"a kill lost {lost} steps, and checkpoint.every={every} allows {every} ({log})", output)
+        return {"killed_at": reached, "lost": lost, "may_lose": every}
 
     def _start(self, ranks: int, overrides: tuple[str, ...]) -> tuple[subprocess.Popen[bytes], Path]:
         options = self.options
@@ -211,15 +219,23 @@ class Runs:
 
 
 def cost(records: list[Record], output: str, every: int) -> dict[str, Any]:
-    """What checkpoints every `every` steps cost, from the records of all steps and what the run printed."""
+    """What checkpoints cost that may be `every` steps apart, from the records of all steps and what the run printed.
+
+    Raises StepsFailed where there are too few.
+    """
     elapsed = {record["step"]: record["time/elapsed_seconds"] for record in records}
     seconds = {step: elapsed[step] - elapsed[step - 1] for step in elapsed if step - 1 in elapsed}
-    warmup = min(WARMUP, every // 2)
+    found = SAVED.findall(output)
+    at = [int(step) for step, *_ in found]
+    if len(at) < 3:
+        raise StepsFailed(f"{len(at)} checkpoints were written, and 3 are needed: look at the log for warnings", output)
+    if len(at) > 3 and at[-1] - at[-2] < at[-2] - at[-3]:
+        at.pop()  # that of the last step comes before its time
     # A record is written before the checkpoint of its step: the step after it has the wait.
-    without = [seconds[step] for step in range(warmup + 1, every + 1)]
-    with_them = [seconds[step] for step in range(every + 1, max(seconds) + 1)]
+    without = [seconds[step] for step in range(min(WARMUP, every // 2) + 1, at[0] + 1)]
+    with_them = [seconds[step] for step in range(at[1] + 1, at[-1] + 1)]
     saved = []
-    for step, megabytes, wrote, waited in SAVED.findall(output):
+    for step, megabytes, wrote, waited in found:
         after = seconds.get(int(step) + 1)
         saved.append(
             {
@@ -260,9 +276,9 @@ def render(results: dict[str, Any]) -> str:
     parts = [
         f"    {results['command']}",
         machine(results["environment"]),
-        f"{results['shape']}. Throughput with a checkpoint every {every} steps is {results['ratio']:.4f} of that "
+        f"{results['shape']}. Throughput with `checkpoint.every={every}` is {results['ratio']:.4f} of that "
         f"without ({results['with_seconds']:.3f} s and {results['without_seconds']:.3f} s a step).",
-        "| checkpoint of step | size | training waited for the copy | next step longer by | write, checks |\n"
+        "| checkpoint of step | size | training waited | next step longer by | write, checks |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows),
     ]
     if "killed_at" not in results:
@@ -271,8 +287,11 @@ def render(results: dict[str, Any]) -> str:
         f"| {row['ranks']}{shared(row['ranks'])} | {row['from']} | {row['from'] + 1}–{row['to']} | {row['apart']:.1e} |"
         for row in results["resumed"]
     ]
+    lost = f"{results['lost']} steps"
+    if "may_lose" in results:  # not in older files
+        lost += f", of {results['may_lose']} at most,"
     parts += [
-        f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {results['lost']} steps were made again. "
+        f"Killed (SIGKILL of all ranks) after step {results['killed_at']}: {lost} were made again. "
         f"Until then its losses and those of the undisturbed run differed by {results['apart_before']:.1e} at most.",
         "| resumed on ranks | from step | steps compared | largest difference of the loss |\n|---|---|---|---|\n"
         + "\n".join(resumed),

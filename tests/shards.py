@@ -26,7 +26,7 @@ def write_shards(folder: Path, documents: int = 60, seed: int = 0, tokenizer: st
 
 
 def tiny_config(shards: Path, run_dir: Path) -> Config:
-    """A two-layer MoDA model, twenty steps of four instances, on the CPU."""
+    """A two-layer MoDA model, twenty steps of four instances, on the CPU; checkpoints of steps 10 and 20."""
     config = Config()
     config.run.name, config.run.dir = run_dir.name, str(run_dir)
     config.model = ModelConfig(
@@ -47,5 +47,6 @@ def tiny_config(shards: Path, run_dir: Path) -> Config:
     config.optimizer.lr, config.schedule.warmup_steps = 1e-2, 4
     config.evaluation.every, config.evaluation.instances = 10, 6
     config.checkpoint.every, config.logging.every = 10, 1
+    config.checkpoint.asynchronous = False  # which begins saves earlier, by as many steps as a write takes
     config.logging.wandb.mode = "disabled"
     return config

@@ -231,10 +231,10 @@ class ParallelConfig:
 class CheckpointConfig:
     """When to save and what to continue."""
 
-    every: int = 1000  # steps between checkpoints (the last step is always saved)
+    every: int = 1000  # most steps that a kill loses; a save begins as much earlier as its write needs
     keep: int | None = 3  # newest checkpoints kept, permanent ones apart (null: all)
     permanent_every: int | None = None  # steps between checkpoints that are never deleted (null: none)
-    asynchronous: bool = True  # write while training goes on (false: training waits)
+    asynchronous: bool = True  # write while training goes on (false: training waits, at multiples of `every`)
     resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
     allow_changes: list[str] = field(default_factory=list)  # keys that may change the run on resume; data: its tokens
 

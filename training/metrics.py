@@ -157,10 +157,11 @@ class TrainingClock:
         """
         self._now = now
         self._before = before
-        self._start = self._lap_start = now()
-        self._lap_step = step
+        self._start = now()
+        self._pause_start: float | None = None  # of a pause that lasts
+        self._paused = 0.0  # seconds of all pauses that have ended
+        self._lap_step, self._lap_start = step, 0.0  # the latter in seconds of `stepping`
         self._warm_step = step + warmup_steps
-        self._paused = 0.0
         self._measured_steps = 0
         self._measured_seconds = 0.0
 
@@ -169,26 +170,36 @@ class TrainingClock:
         """Wall-clock seconds of all starts of the run together, pauses included."""
         return self._before + self._now() - self._start
 
+    @property
+    def stepping(self) -> float:
+        """Seconds of this start, pauses left out."""
+        now = self._now() if self._pause_start is None else self._pause_start
+        return now - self._start - self._paused
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside (evaluation, checkpoint, plot) out of laps and forecast."""
-        start = self._now()
+        if self._pause_start is not None:  # a part of the pause around it
+            yield
+            return
+        self._pause_start = self._now()
         try:
             yield
         finally:
-            self._paused += self._now() - start
+            self._paused += self._now() - self._pause_start
+            self._pause_start = None
 
     def lap(self, step: int) -> float:
         """Seconds a step since the last lap, pauses left out. Raises ValueError when no step was done since."""
         steps = step - self._lap_step
         if steps <= 0:
             raise ValueError(f"No step between {self._lap_step} and {step}: a lap needs at least one.")
-        end = self._now()
-        seconds = end - self._lap_start - self._paused
+        end = self.stepping
+        seconds = end - self._lap_start
         if self._lap_step >= self._warm_step:
             self._measured_steps += steps
             self._measured_seconds += seconds
-        self._lap_start, self._lap_step, self._paused = end, step, 0.0
+        self._lap_start, self._lap_step = end, step
         return seconds / steps
 
     def remaining(self, steps: int) -> float | None:

@@ -9,6 +9,8 @@ on all, leaves the checkpoint whole, since `close` waits for it. `dcp.async_save
 that ranks wait in vain for one whose copy failed; here all agree on the copy first, and write from device memory at
 once, with the reason in the log, where host memory does not suffice.
 
+`training.save_schedule` says when a save begins, and when training has to wait for it.
+
 A save that fails (disk full, folder not writable) leaves what was saved before as it is; training goes on, and the next
 one is tried.
 """
@@ -43,11 +45,13 @@ from training.checkpoint import (
 from training.config import CheckpointConfig
 from training.distributed import World
 from training.host_copy import HostCopy
+from training.save_schedule import SaveSchedule, steps_of_write
 from training.skip import SpikeFilter
 from training.storage import ChecksummedWriter, first_difference
 from training.watchdog import UNWATCHED, Watch
 
 WAIT_SECONDS = 0.5  # between looks at a write that training waits for
+LONG_WAIT_SECONDS = 1.0  # a wait at the bound that the log tells of
 COPIED = ("model", "optimizer")  # parts of a checkpoint that training goes on to change
 STAGES = ("its files of the checkpoint", "the check of its files")  # of a rank's part of a save
 
@@ -75,7 +79,7 @@ class CheckpointSaver:
         self._world, self._say, self._watch = world, say, watch
         self._blocks = 0  # written or read back so far, all saves together
         self._stages = 0  # of `STAGES` that this rank's part of the save has come to
-        self._asynchronous = config.asynchronous
+        self.schedule = SaveSchedule(config.every, config.permanent_every, asynchronous=config.asynchronous)
         self._copy: HostCopy | None = None
         self._prepared: Future[None] | None = None  # of `_copy`
         # Its collectives run in a thread, beside those of training.
@@ -86,17 +90,20 @@ class CheckpointSaver:
         self._unheld: HostCopy | None = None  # a copy that the optimizer has not waited for
         self._writing: Future[str | None] | None = None
         self._writing_step = 0
+        # Of the save that runs: when it began, on its own clock and on that of steps, and what it took in the end.
+        self._began = self._stepping = self._write_seconds = 0.0
+        self._waits_since: float | None = None  # training waits for it at the bound
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
-    def is_due(self, step: int) -> bool:
-        """Whether the configuration asks for a checkpoint of this step."""
-        permanent = self.config.permanent_every
-        return step % self.config.every == 0 or (permanent is not None and step % permanent == 0)
+    def save(self, state: TrainState, stepping: float, *, delete_old: bool = True) -> None:
+        """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs.
 
-    def save(self, state: TrainState, *, delete_old: bool = True) -> None:
-        """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs."""
+        `stepping`: seconds that this start has spent in steps so far.
+        """
         begin = time.perf_counter()
-        self.wait()  # a part of what training waits for: it is long where a write takes longer than the steps between
+        # A part of what training waits for: it is long where a write takes longer than the steps between.
+        self._end_write(state.step, stepping)
+        self._began, self._stepping, self.schedule.begun = time.perf_counter(), stepping, state.step
         permanent = self.config.permanent_every
         state = copy.deepcopy(state)
         state.world_size, state.device = self._world.size, self._world.device.type
@@ -106,14 +113,30 @@ class CheckpointSaver:
         tensors = checkpoint_tensors(*self._parts, range(rank, rank + 1), state.device)
         # Copied at once: the next step enters the window before its optimizer waits for the other copies.
         tensors["skip"] = {name: tensor.to("cpu", copy=True) for name, tensor in tensors["skip"].items()}
-        copying = self._begin_copy(tensors) if self._asynchronous else None
+        copying = self._begin_copy(tensors) if self.schedule.asynchronous else None
         self._writing_step, self._stages, self._unheld = state.step, 0, copying
         if copying is None:
-            self._writing = self._thread.submit(self._write, tensors, state, delete_old)
+            self._writing = self._thread.submit(self._timed_write, tensors, state, delete_old)
             self.wait()
             return
         kept, stalled = tensors | copying.tensors, time.perf_counter() - begin
-        self._writing = self._thread.submit(self._write, kept, state, delete_old, copying, stalled)
+        self._writing = self._thread.submit(self._timed_write, kept, state, delete_old, copying, stalled)
+
+    def keep_bound(self, step: int, stepping: float) -> None:
+        """When `step` steps are done: wait for the save that runs, if `checkpoint.every` allows no more without it.
+
+        `stepping` as for `save`.
+        """
+        if self._writing is None or not self.schedule.is_at_bound(step, self.saved_step):
+            return
+        self._waits_since = begin = time.perf_counter()
+        self._end_write(step, stepping)
+        self._waits_since = None
+        if (waited := time.perf_counter() - begin) > LONG_WAIT_SECONDS:
+            self._say(
+                f"training waited {waited:.1f} s for {checkpoint_path(self.run_dir, self._writing_step)} to be "
+                f"written: checkpoint.every={self.schedule.every} allows no more steps without it"
+            )
 
     def wait(self) -> bool:
         """Wait until the save that runs is done. Returns whether the last one succeeded, the same on all ranks."""
@@ -133,12 +156,21 @@ class CheckpointSaver:
         self._thread.shutdown(wait=True)
         self._free_copy()
 
+    def _end_write(self, step: int, stepping: float) -> None:
+        """Wait for the save that runs, and learn from it how far ahead of the bound the next ones must begin."""
+        if self._writing is None or not self.wait() or not self.schedule.lead:
+            return
+        steps, seconds = step - self._writing_step, stepping - self._stepping
+        taken = self._world.largest(steps_of_write(self._write_seconds, steps, seconds))
+        if (warning := self.schedule.learn(taken)) is not None:
+            self._say(warning)
+
     def _before_step(self) -> None:
         """Just before the optimizer's step. At the first one memory for copies is taken: no save waits for it then."""
         if self._unheld is not None:
             self._unheld.hold()
             self._unheld = None
-        if self._asynchronous and self._copy is None and self._world.device.type == "cuda":
+        if self.schedule.asynchronous and self._copy is None and self._world.device.type == "cuda":
             tensors = checkpoint_tensors(*self._parts, range(0), "cuda")
             with suppress(RuntimeError, MemoryError):  # no host memory: the first save tries again, and says so
                 self._prepare(tensors)
@@ -155,7 +187,7 @@ class CheckpointSaver:
             return copying
         reason = _one_line(failure or "on another rank")
         self._say(f"checkpoints are written while training waits: no copy in host memory ({reason})")
-        self._asynchronous = False
+        self.schedule.asynchronous = False
         self._free_copy()
         return None
 
@@ -202,6 +234,12 @@ class CheckpointSaver:
         self._stage_done()
         return None if name is None else f"{path / name} reads back as something else"
 
+    def _timed_write(self, *arguments: Any) -> str | None:
+        """As `_write`, to its end: training waits for what follows the marker, too."""
+        failure = self._write(*arguments)
+        self._write_seconds = time.perf_counter() - self._began
+        return failure
+
     def _write(
         self,
         tensors: dict[str, Any],
@@ -212,7 +250,8 @@ class CheckpointSaver:
     ) -> str | None:
         """In the writing thread: the files, their check, the marker. Returns what went wrong, the same on all ranks.
 
-        Training has waited `stalled` seconds so far, for the save before and for memory; without a copy it waits on.
+        Training has waited `stalled` seconds so far, for the save before and for memory. It waits on without a copy,
+        and where it comes to the bound.
         """
         begin = time.perf_counter()
         path, main = checkpoint_path(self.run_dir, state.step), self._world.is_main
@@ -245,7 +284,10 @@ class CheckpointSaver:
             _discard(path)
             return failure
         seconds = time.perf_counter() - begin
-        waited = "training waited" if copying is None else f"training waited {stalled + copying.waited():.2f} s"
+        waited = "training waited"
+        if copying is not None:
+            at_bound = 0.0 if self._waits_since is None else time.perf_counter() - self._waits_since
+            waited = f"training waited {stalled + copying.waited() + at_bound:.2f} s"
         try:  # the checkpoint is whole from here on, whatever else goes wrong
             self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
             deleted = prune(self.run_dir, self.config.keep) if delete_old else []

@@ -200,11 +200,14 @@ class Trainer:
                 else:
                     self._record(values)
                 self._check_skips()
-            save_due |= ends or self.saver.is_due(state.step)
+            save_due |= ends or self.saver.schedule.is_due(state.step)
             # Not while steps are skipped: the weights are in doubt, and an older checkpoint would be deleted for them.
             if save_due and (ends or self._check_skips() == 0):
                 self._save()
                 save_due = False
+            if not ends:
+                with self.clock.paused():
+                    self.saver.keep_bound(state.step, self.clock.stepping)
 
     def _check_data(self) -> None:
         """Raise, on every rank, when one of them could not read its next batch."""
@@ -327,7 +330,7 @@ class Trainer:
     def _save(self) -> None:
         with self.clock.paused():
             self.state.seconds = self.clock.elapsed
-            self.saver.save(self.state, delete_old=self.spikes.in_a_row == 0)
+            self.saver.save(self.state, self.clock.stepping, delete_old=self.spikes.in_a_row == 0)
             self.watchdog.mark(f"the checkpoint of step {self.state.step}")
 
     def _finish(self) -> None:
@@ -461,7 +464,7 @@ class Trainer:
                 f"not profiled: {left} of logging.profile.steps; this start makes {steps[0]} to {steps[-1]}"
             )
         self._say_data()
-        self.saver.saved_step = self.state.step
+        self.saver.saved_step = self.saver.schedule.begun = self.state.step
         self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
         self.state.sources = [asdict(source) for source in self.stream.sources]
         self.state.config = resolved(config)

@@ -11,33 +11,46 @@ from pathlib import Path
 
 from scripts.fault_injection.bench import EVERY, MARKER, Bench, Row, last_step
 
+APART = 20  # steps between checkpoints that are written beside training, so that a write spans some of them
+SLOW_WRITE = """
+from training.storage import ChecksummedWriter
+_write_data = ChecksummedWriter.write_data
+def write_data(self, *arguments):
+    written = _write_data(self, *arguments)
+    time.sleep(0.3)
+    return written
+ChecksummedWriter.write_data = write_data
+"""
+
 
 def killed(bench: Bench, times: int) -> Row:
-    """SIGKILL while checkpoints are written beside training. A write may last until the next one is due."""
-    return _killed(bench, times, "killed", "checkpoint.asynchronous=true", 2 * EVERY)
+    """SIGKILL while checkpoints are written beside training."""
+    return _killed(bench, times, "killed", APART, "checkpoint.asynchronous=true", f"checkpoint.every={APART}")
 
 
 def killed_waiting(bench: Bench, times: int) -> Row:
     """SIGKILL, half as often, where training waits for checkpoints."""
-    return _killed(bench, max(2, times // 2), "killed, asynchronous=false", "checkpoint.asynchronous=false", EVERY)
+    return _killed(bench, max(2, times // 2), "killed, asynchronous=false", EVERY, "checkpoint.asynchronous=false")
 
 
-def _killed(bench: Bench, times: int, fault: str, setting: str, bound: int) -> Row:
-    """At random moments, and each third time inside a save: when a folder without a marker is there."""
+def _killed(bench: Bench, times: int, fault: str, every: int, *settings: str) -> Row:
+    """At random moments, and each third time inside a save that lasts: when a folder without a marker is there.
+
+    Lost are at most `every` steps: those on record after the newest checkpoint with a marker.
+    """
     chance, lost, inside = random.Random(0), list[int](), 0
     name = bench.run_dir(fault.replace(", ", "-").replace("=", "-"))
     for number in range(times):
-        run = bench.start(name, setting)
+        in_save = number % 3 == 0
+        run = bench.start(name, *settings, inject=SLOW_WRITE if in_save else "")
         before = last_step(name)
         further = before + chance.randint(1, 20)
         while run.going_on():
-            reached, unmarked = last_step(name), _being_written(name)
-            if number % 3 == 0 and unmarked and reached > before:
+            reached = last_step(name)
+            if (reached > before and _being_written(name)) if in_save else reached >= further:
+                time.sleep(chance.uniform(0, 0.3 if in_save else 0.1))  # some steps, or a part of one
                 break
-            if number % 3 and reached >= further:
-                time.sleep(chance.uniform(0, 0.1))  # some steps, or a part of one
-                unmarked = _being_written(name)
-                break
+        unmarked = _being_written(name)
         run.kill()
         if run.status() == 0:  # it came to its end before: begin again
             shutil.rmtree(name)
@@ -46,9 +59,9 @@ def _killed(bench: Bench, times: int, fault: str, setting: str, bound: int) -> R
         reached = last_step(name)
         whole = [int(p.parent.name.partition("-")[2]) for p in name.glob(f"checkpoints/step-*/{MARKER}")]
         lost.append(reached - max(whole, default=0))
-    status, message = bench.finish(name, setting), bench.said(r"continuing [^\n]*")
-    passed = status == 0 and bench.same(name) and bool(lost) and max(lost) <= bound
-    how = f"SIGKILL, {inside} of them inside a save"
+    status, message = bench.finish(name, *settings), bench.said(r"continuing [^\n]*")
+    passed = status == 0 and bench.same(name) and bool(lost) and max(lost) <= every
+    how = f"SIGKILL, {inside} of them inside a save, a checkpoint every {every} steps"
     untouched = bench.single.result().untouched
     return Row(fault, how, len(lost), f"at most {max(lost, default=0)} steps, {untouched}", message, passed)
 

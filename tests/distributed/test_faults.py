@@ -159,11 +159,40 @@ def difference(folder, checksums, **options):
     return original(folder, checksums, **options)
 training.saver.first_difference = difference
 """
-    process = start(2, shards, tmp_path / "run", inject=inject)
+    process = start(2, shards, tmp_path / "run", "checkpoint.every=100", "checkpoint.permanent_every=10", inject=inject)
     out, err, _ = ended(process)
     assert process.returncode == 0, err
     assert "step-10 could not be saved (ValueError: no such thing)" in out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-20"]
+
+
+@pytest.mark.slow
+def test_while_one_rank_writes_slowly_no_rank_makes_a_step_that_a_kill_could_lose_beyond_the_interval(shards, tmp_path):
+    """Before each step, on each rank: steps done - step of the newest whole checkpoint <= checkpoint.every - 1."""
+    inject = """
+from pathlib import Path
+from data.loader import BatchLoader
+from training import saver
+from training.checkpoint import find_checkpoints
+original, write = BatchLoader.batch, saver.ChecksummedWriter.write_data
+saver.LONG_WAIT_SECONDS = 0.2
+def batch(self, position):
+    whole = [int(path.name.removeprefix("step-")) for path in find_checkpoints(Path(RUN_DIR))]
+    print(f"lost: {position // 4 - max(whole, default=0)}", flush=True)
+    return original(self, position)
+def write_data(self, *arguments):
+    time.sleep(1.5 * (os.environ["RANK"] == "1"))
+    return write(self, *arguments)
+BatchLoader.batch, saver.ChecksummedWriter.write_data = batch, write_data
+""".replace("RUN_DIR", repr(str(tmp_path / "run")))
+    overrides = ("training.steps=25", "checkpoint.every=10", "evaluation.every=0")
+    process = start(2, shards, tmp_path / "run", *overrides, inject=inject)
+    out, err, _ = ended(process)
+    assert process.returncode == 0, err
+    lost = [int(steps) for steps in re.findall(r"lost: (\d+)", out)]
+    assert len(lost) >= 2 * 25
+    assert max(lost) == 10 - 1
+    assert re.search(r"training waited [\d.]+ s for \S+step-9 to be written: checkpoint.every=10 allows no more", out)
 
 
 @pytest.mark.slow
@@ -172,7 +201,8 @@ def test_an_error_of_one_rank_right_after_a_save_leaves_the_checkpoint(shards, t
 from training.host_copy import HostCopy
 HostCopy.finish = lambda self: time.sleep(2)
 """ + at_step(20, 1, "raise OSError('the disk is gone')")
-    process = start(2, shards, tmp_path / "run", *WATCHED, inject=inject)
+    overrides = (*WATCHED, "checkpoint.every=100", "checkpoint.permanent_every=20")  # no step waits for a write
+    process = start(2, shards, tmp_path / "run", *overrides, inject=inject)
     _, err, _ = ended(process)
     assert re.search(r"error: rank 1 \(process \d+ on .*\) ended: .* \(the disk is gone\)", err), err
     assert (tmp_path / "run" / "checkpoints" / "step-20" / "checkpoint.json").exists()

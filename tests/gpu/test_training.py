@@ -14,6 +14,8 @@ from training.trainer import train
 def run(shards, run_dir, **training):
     config = tiny_config(shards, run_dir)
     config.training.device = "cuda"
+    config.checkpoint.asynchronous = True
+    config.checkpoint.every, config.checkpoint.permanent_every = 100, 10  # of which training waits for none
     for name, value in training.items():
         setattr(config.training, name, value)
     train(config)

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import training.saver
 import training.storage
 from models.config import ConfigError
-from tests.training.runs import short
+from tests.training.runs import OVERLAPPING, short
 from training.checkpoint import MARKER, Marker, find_checkpoints, prune, read_marker, verify
 from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
@@ -171,7 +171,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_the_copy_is_that_of_
     recorded = Trainer._record
     monkeypatch.setattr(training.saver, "_clear", clear)
     monkeypatch.setattr(Trainer, "_record", record)
-    train(short(shards, tmp_path / "run", keep=None))
+    train(short(shards, tmp_path / "run", **OVERLAPPING))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-8")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{step}")
@@ -196,7 +196,7 @@ def test_the_log_has_the_wait_of_a_save_for_the_one_before(shards, tmp_path, mon
 
     monkeypatch.setattr(CheckpointSaver, "wait", waiting)
     monkeypatch.setattr(training.saver, "_clear", clear)
-    train(short(shards, tmp_path / "run", keep=None))
+    train(short(shards, tmp_path / "run", **OVERLAPPING))
     said = re.findall(r"step-(\d) \| .*training waited ([\d.]+) s", capsys.readouterr().out)
     waited = {step: float(seconds) for step, seconds in said}
     assert waited.keys() == {"2", "4", "6", "8"}
@@ -263,7 +263,7 @@ def late_copies(monkeypatch):
 
 
 def test_the_optimizer_waits_for_a_copy(shards, saved, tmp_path, late_copies):
-    train(short(shards, tmp_path / "run", keep=None))
+    train(short(shards, tmp_path / "run", **OVERLAPPING))
     assert names(tmp_path / "run") == names(saved)
     for path in find_checkpoints(tmp_path / "run"):
         weights = [torch.zeros(128, 32), torch.zeros(128, 32)]
@@ -275,7 +275,7 @@ def test_the_optimizer_waits_for_a_copy(shards, saved, tmp_path, late_copies):
 
 def test_an_error_right_after_a_save_leaves_the_checkpoint(shards, saved, tmp_path, late_copies, monkeypatch):
     """The optimizer of the next step, which waits for the copy, never comes."""
-    config = short(shards, tmp_path / "run", keep=None)
+    config = short(shards, tmp_path / "run", **OVERLAPPING)
     with monkeypatch.context() as broken:
         broken.setattr(Trainer, "_step", raising_after(4, Trainer._step))
         with pytest.raises(RuntimeError, match="the device is gone"):
@@ -297,7 +297,7 @@ def raising_after(step, original):
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_the_window_of_a_checkpoint_is_that_of_its_step(asynchronous, shards, tmp_path):
     """The next step enters the window in place, before its optimizer waits for the copy."""
-    train(short(shards, tmp_path / "run", asynchronous=asynchronous, keep=None))
+    train(short(shards, tmp_path / "run", asynchronous=asynchronous, **OVERLAPPING))
     for path in find_checkpoints(tmp_path / "run"):
         entered = torch.zeros((), dtype=torch.int64)
         dcp.load({"skip.entered": entered}, storage_reader=training.storage.SafeReader(path), no_dist=True)
@@ -331,7 +331,8 @@ def test_without_host_memory_the_first_step_does_not_end_the_run(monkeypatch):
     monkeypatch.setattr(training.saver, "checkpoint_tensors", lambda *parts: {"model": {}, "optimizer": {}})
     saver = CheckpointSaver.__new__(CheckpointSaver)  # as on a GPU, before its first step
     saver._world = SimpleNamespace(device=torch.device("cuda"))
-    saver._unheld, saver._copy, saver._asynchronous, saver._parts = None, None, True, ()
+    saver._unheld, saver._copy, saver._parts = None, None, ()
+    saver.schedule = SimpleNamespace(asynchronous=True)
     saver._before_step()
     assert saver._copy is None
 

@@ -174,6 +174,21 @@ def test_other_ranks_print_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_pauses_are_no_time_in_steps_and_one_inside_another_counts_once():
+    time_now = 0.0
+    clock = TrainingClock(0, now=lambda: time_now)
+    time_now += 4.0
+    with clock.paused():
+        time_now += 100.0
+        assert clock.stepping == 4.0
+        with clock.paused():
+            time_now += 100.0
+        time_now += 100.0
+        assert clock.stepping == 4.0
+    time_now += 2.0
+    assert clock.stepping == clock.lap(1) == 6.0
+
+
 def test_the_forecast_leaves_out_first_steps_and_evaluation():
     time_now = 0.0
     clock = TrainingClock(100, warmup_steps=2, now=lambda: time_now)

@@ -21,7 +21,8 @@ def configured(shards, run_dir, gathers):
     config = tiny_config(shards, run_dir)
     config.training.precision = "bf16"
     config.parallel.reshard_after_forward = gathers
-    config.evaluation.every, config.checkpoint.every, config.checkpoint.keep = 5, 3, None
+    config.evaluation.every, config.checkpoint.asynchronous = 5, True
+    config.checkpoint.every, config.checkpoint.permanent_every = 100, 3  # writes beside the steps after them
     return config
 
 

@@ -1,0 +1,69 @@
+"""When a save begins, and when training waits for one, so that a kill never loses more than `checkpoint.every` steps.
+
+In: the steps that are done, and how many the writes have taken. Out: whether a save is due, and whether no further step
+may be done before the one under way is written. A checkpoint that is written beside training counts once it is whole:
+its save begins some steps ahead of the bound, as many as the slowest write so far has taken. No tensors and no clock:
+all ranks give the same numbers, and so come to the same answers.
+"""
+
+from __future__ import annotations
+
+import math
+
+PARTS = 10  # of `checkpoint.every`: a save begins whole parts ahead of the bound
+MOST_PARTS = 5
+
+
+class SaveSchedule:
+    """The saves of one start of a run."""
+
+    def __init__(self, every: int, permanent_every: int | None, *, asynchronous: bool) -> None:
+        """`every`: most steps that may be lost. `permanent_every`: steps between saves at its multiples, if any."""
+        self.every = every
+        self.asynchronous = asynchronous  # false: training waits for each write, and saves come at multiples of `every`
+        self.begun = 0  # step of the newest checkpoint that was begun or loaded
+        self._permanent_every = permanent_every
+        self._part = every // PARTS
+        self._lead = self._part
+        self._warned = False
+
+    @property
+    def lead(self) -> int:
+        """Steps that a write has before training waits for it."""
+        return self._lead if self.asynchronous else 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether a save is to begin when `step` steps are done."""
+        if self._permanent_every is not None and step % self._permanent_every == 0:
+            return True
+        if not self.asynchronous:
+            return step % self.every == 0
+        return step - self.begun >= self.every - self.lead
+
+    def is_at_bound(self, step: int, written: int) -> bool:
+        """Whether a kill in the next step could lose more than `every`: `written` is the newest whole checkpoint's."""
+        return step - written >= self.every
+
+    def learn(self, steps: int) -> str | None:
+        """A write has taken `steps` steps (0: not known). Returns a sentence where that is too many, once."""
+        if not self._part:
+            return None
+        parts = math.ceil(steps / self._part)
+        self._lead = max(self._lead, min(parts, MOST_PARTS) * self._part)
+        if parts <= MOST_PARTS or self._warned:
+            return None
+        self._warned = True
+        enough = math.ceil(steps / MOST_PARTS) * PARTS
+        return (
+            f"warning: a checkpoint takes {steps:,} steps to be written, and checkpoint.every={self.every} leaves at "
+            f"most {MOST_PARTS * self._part:,}: training waits for the rest of each; it would not with "
+            f"checkpoint.every={enough} or more"
+        )
+
+
+def steps_of_write(write: float, steps: int, seconds: float) -> int:
+    """Steps that a write of `write` seconds takes where `steps` steps take `seconds`, and one more; 0: not known.
+
+    One more, as no two writes take the same time.
+    """
+    return math.ceil(write * steps / seconds) + 1 if steps and seconds > 0 else 0
