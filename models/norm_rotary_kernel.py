@@ -72,7 +72,7 @@ def _copy(source, target, inside, W: tl.constexpr, P: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens", "time"])
-def _forward(
+def norm_rotary_forward(
     product,  # [tokens, QW + 2 KW]
     q_weight,  # [QW]
     k_weight,  # [KW]
@@ -134,7 +134,7 @@ def _store_sums(sums, dw1, dw2, W: tl.constexpr, D: tl.constexpr, P: tl.constexp
 
 
 @triton.jit(do_not_specialize=["tokens", "time"])
-def _backward(
+def norm_rotary_backward(
     dq,  # [tokens, QW]
     dk,  # [tokens, KW]
     dv,
@@ -187,7 +187,7 @@ def forward(
     q = product.new_empty(batch, time, sizes["QW"] // head_dim, head_dim)
     k, v = (product.new_empty(batch, time, sizes["KW"] // head_dim, head_dim) for _ in range(2))
     with torch.cuda.device_of(product):
-        _forward[(-(-batch * time // rows),)](
+        norm_rotary_forward[(-(-batch * time // rows),)](
             product, q_weight, k_weight, cos, sin, q, k, v, eps=eps, ROWS=rows, num_warps=WARPS, **sizes
         )
     return q, k, v
@@ -213,7 +213,7 @@ def backward(
     dproduct = torch.empty_like(product)
     sums = product.new_empty(programs, sum(widths), dtype=torch.float32)
     with torch.cuda.device_of(product):
-        _backward[(programs,)](
+        norm_rotary_backward[(programs,)](
             dq,
             dk,
             dv,

@@ -9,7 +9,7 @@ BLOCKS, WARPS = (4096, 2048), 8  # columns of a row that a program takes: at the
 
 
 @triton.jit
-def _forward(product, out, width, BLOCK: tl.constexpr):
+def swiglu_forward(product, out, width, BLOCK: tl.constexpr):
     """product [rows, 2 * width], out [rows, width]."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < width
@@ -20,7 +20,7 @@ def _forward(product, out, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward(dout, product, dproduct, width, BLOCK: tl.constexpr):
+def swiglu_backward(dout, product, dproduct, width, BLOCK: tl.constexpr):
     """dout [rows, width], product and its gradient [rows, 2 * width]."""
     row, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = c < width
@@ -39,14 +39,14 @@ def forward(product: Tensor) -> Tensor:
     """As `models.swiglu.swiglu`, on a contiguous tensor."""
     assert product.shape[-1] % 2 == 0
     out = product.new_empty(*product.shape[:-1], product.shape[-1] // 2)
-    _launch(_forward, product, out, width=out.shape[-1])
+    _launch(swiglu_forward, product, out, width=out.shape[-1])
     return out
 
 
 def backward(dout: Tensor, product: Tensor) -> Tensor:
     """The gradient of `product`, in its shape and dtype; both arguments contiguous."""
     dproduct = torch.empty_like(product)
-    _launch(_backward, dout, product, dproduct, width=dout.shape[-1])
+    _launch(swiglu_backward, dout, product, dproduct, width=dout.shape[-1])
     return dproduct
 
 

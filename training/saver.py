@@ -235,7 +235,7 @@ class CheckpointSaver:
         return None if name is None else f"{path / name} reads back as something else"
 
     def _timed_write(self, *arguments: Any) -> str | None:
-        """As `_write`, to its end: training waits for what follows the marker, too."""
+        """As `_write`, whose time the schedule learns from."""
         failure = self._write(*arguments)
         self._write_seconds = time.perf_counter() - self._began
         return failure
@@ -289,16 +289,26 @@ class CheckpointSaver:
             at_bound = 0.0 if self._waits_since is None else time.perf_counter() - self._waits_since
             waited = f"training waited {stalled + copying.waited() + at_bound:.2f} s"
         try:  # the checkpoint is whole from here on, whatever else goes wrong
-            self._say(f"checkpoint {path} | {size_in_bytes(path) / 1e6:,.1f} MB in {seconds:.1f} s, {waited}")
-            deleted = prune(self.run_dir, self.config.keep) if delete_old else []
-            for old in [path for path in deleted if path.name.endswith(ASIDE)]:
-                self._say(f"deleted {old}: of damaged checkpoints that were set aside the newest stays")
+            size = f"{size_in_bytes(path) / 1e6:,.1f} MB"
+        except OSError as error:
+            size = f"size unknown ({_one_line(error)})"
+        self._say(f"checkpoint {path} | {size} in {seconds:.1f} s, {waited}")
+        if delete_old:
+            self._thread.submit(self._delete_old, path)  # after this, so that nobody waits for it
+        return None
+
+    def _delete_old(self, saved: Path) -> None:
+        """In the writing thread, on the main rank, once `saved` is whole."""
+        try:
+            deleted = prune(self.run_dir, self.config.keep)
         except (OSError, ConfigError) as error:
             self._say(
-                f"warning: {path} is saved, and old checkpoints of {self.run_dir} could not be deleted "
+                f"warning: {saved} is saved, and old checkpoints of {self.run_dir} could not be deleted "
                 f"({_one_line(error)})"
             )
-        return None
+            return
+        for old in [path for path in deleted if path.name.endswith(ASIDE)]:
+            self._say(f"deleted {old}: of damaged checkpoints that were set aside the newest stays")
 
     def _commit(self, path: Path, state: TrainState, checksums: list[dict[str, str]]) -> None:
         merged = {name: digest for of_rank in checksums for name, digest in of_rank.items()}

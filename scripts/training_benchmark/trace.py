@@ -27,6 +27,8 @@ KINDS = [
     ("depth backward, queries", r"^backward_(vector|tensor)"),
     ("depth backward, slots", r"^slots_(vector|tensor)"),
     ("softmax of the loss", r"^_rows"),
+    ("QK-norm and RoPE", r"^norm_rotary"),
+    ("SwiGLU", r"^swiglu"),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitKreduce"),
     ("optimizer and clipping", r"adam|multi_tensor_apply|lpnorm|foreach"),
     ("compiled element-wise", r"^triton_"),
