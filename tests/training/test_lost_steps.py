@@ -14,19 +14,22 @@ from training.trainer import Trainer, train
 
 
 @pytest.fixture
-def slow_writes(monkeypatch):
-    """A function that has each write take so many seconds more."""
+def endless_writes(monkeypatch):
+    """Each write lasts until training waits for it, and a fifth of a second more."""
+    awaited, wait, clear = set(), CheckpointSaver._await, training.saver._clear
 
-    def slow(seconds):
-        original = training.saver._clear
+    def waits(self, writing):
+        awaited.add(f"step-{self._writing_step}")
+        wait(self, writing)
 
-        def clear(path):
-            time.sleep(seconds)
-            original(path)
+    def lasts(path):
+        while path.name not in awaited:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        clear(path)
 
-        monkeypatch.setattr(training.saver, "_clear", clear)
-
-    return slow
+    monkeypatch.setattr(CheckpointSaver, "_await", waits)
+    monkeypatch.setattr(training.saver, "_clear", lasts)
 
 
 @pytest.fixture
@@ -54,10 +57,9 @@ def newest(run_dir):
     ids=["no lead", "a lead", "permanent ones too", "a longer lead"],
 )
 def test_steps_done_are_never_more_than_the_interval_ahead_of_the_newest_whole_checkpoint(
-    every, permanent_every, first, shards, tmp_path, monkeypatch, slow_writes, waits, capsys
+    every, permanent_every, first, shards, tmp_path, monkeypatch, endless_writes, waits, capsys
 ):
     """steps done - step of the newest whole checkpoint <= every, at any moment: so every - 1 when a step begins."""
-    slow_writes(0.5)  # more than ten steps, on a busy machine too
     monkeypatch.setattr(training.saver, "LONG_WAIT_SECONDS", 0.05)
     config = short(shards, tmp_path / "run", every=every, permanent_every=permanent_every, keep=None)
     config.training.steps = 2 * every + 5
