@@ -110,7 +110,7 @@ def _over_chunks(
 def chunk_tokens(tokens: int, vocabulary: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk, but for the last: a power of two, for which products never have an unlucky shape."""
     most = max(LEAST_TOKENS, CHUNK_BYTES // (vocabulary * dtype.itemsize))
-    return min(tokens, 1 << most.bit_length() - 1)
+    return max(1, min(tokens, 1 << most.bit_length() - 1))
 
 
 def _softmax_rows(

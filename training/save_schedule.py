@@ -26,6 +26,8 @@ class SaveSchedule:
         self._part = every // PARTS
         self._lead = self._part
         self._warned = False
+        self._failures = 0  # writes in a row that came to nothing
+        self._again_from: int | None = None  # step from which the last of them is tried again
 
     @property
     def lead(self) -> int:
@@ -34,11 +36,26 @@ class SaveSchedule:
 
     def is_due(self, step: int) -> bool:
         """Whether a save is to begin when `step` steps are done."""
-        if self._permanent_every is not None and step % self._permanent_every == 0:
+        if self.tries_again(step) or (self._permanent_every is not None and step % self._permanent_every == 0):
             return True
         if not self.asynchronous:
             return step % self.every == 0
         return step - self.begun >= self.every - self.lead
+
+    def begins(self, step: int) -> None:
+        """The save of `step` begins."""
+        self.begun, self._again_from = step, None
+
+    def ended(self, step: int, *, whole: bool) -> None:
+        """The write of `step` has ended. One that failed is tried again at once, then after a part, two, four, ..."""
+        self._failures = 0 if whole else self._failures + 1
+        if not whole:
+            wait = 0 if self._failures == 1 else max(1, self._part) << self._failures - 2
+            self._again_from = step + min(wait, self.every)
+
+    def tries_again(self, step: int) -> bool:
+        """Whether a save is due because the one before has failed."""
+        return self._again_from is not None and step >= self._again_from
 
     def is_at_bound(self, step: int, written: int) -> bool:
         """Whether a kill in the next step could lose more than `every`: `written` is the newest whole checkpoint's."""
@@ -49,7 +66,10 @@ class SaveSchedule:
         if not self._part:
             return None
         parts = math.ceil(steps / self._part)
-        self._lead = max(self._lead, min(parts, MOST_PARTS) * self._part)
+        if (
+            parts <= PARTS
+        ):  # where a write takes longer than `every`, training waits no less for one that begins earlier
+            self._lead = max(self._lead, min(parts, MOST_PARTS) * self._part)
         if parts <= MOST_PARTS or self._warned:
             return None
         self._warned = True

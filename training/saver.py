@@ -103,7 +103,8 @@ class CheckpointSaver:
         begin = time.perf_counter()
         # A part of what training waits for: it is long where a write takes longer than the steps between.
         self._end_write(state.step, stepping)
-        self._began, self._stepping, self.schedule.begun = time.perf_counter(), stepping, state.step
+        self._began, self._stepping = time.perf_counter(), stepping
+        self.schedule.begins(state.step)
         permanent = self.config.permanent_every
         state = copy.deepcopy(state)
         state.world_size, state.device = self._world.size, self._world.device.type
@@ -132,7 +133,7 @@ class CheckpointSaver:
         self._waits_since = begin = time.perf_counter()
         self._end_write(step, stepping)
         self._waits_since = None
-        if (waited := time.perf_counter() - begin) > LONG_WAIT_SECONDS:
+        if (waited := time.perf_counter() - begin) > LONG_WAIT_SECONDS and self.failure is None:
             self._say(
                 f"training waited {waited:.1f} s for {checkpoint_path(self.run_dir, self._writing_step)} to be "
                 f"written: checkpoint.every={self.schedule.every} allows no more steps without it"
@@ -147,6 +148,7 @@ class CheckpointSaver:
         self.failure = writing.result()
         if self.failure is None:
             self.saved_step = self._writing_step
+        self.schedule.ended(self._writing_step, whole=self.failure is None)
         return self.failure is None
 
     def close(self) -> None:

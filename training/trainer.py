@@ -206,8 +206,7 @@ class Trainer:
                 self._save()
                 save_due = False
             if not ends:
-                with self.clock.paused():
-                    self.saver.keep_bound(state.step, self.clock.stepping)
+                self._keep_bound()
 
     def _check_data(self) -> None:
         """Raise, on every rank, when one of them could not read its next batch."""
@@ -326,6 +325,13 @@ class Trainer:
         self.tracker.log(record)
         remaining = self.clock.remaining(self.last_step - self.state.step)
         self.console.progress(record, remaining)
+
+    def _keep_bound(self) -> None:
+        with self.clock.paused():
+            self.saver.keep_bound(self.state.step, self.clock.stepping)
+        if self.saver.schedule.tries_again(self.state.step) and self._check_skips() == 0:
+            self._save()
+            self._keep_bound()
 
     def _save(self) -> None:
         with self.clock.paused():

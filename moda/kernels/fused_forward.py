@@ -6,7 +6,8 @@ them. A tile goes through its slots first and from that state through the keys o
 D) is masked.
 
 The slots of a tile are products too, of all its rows with the slots of all its tokens, of which each row's own count:
-tensor cores waste that faster than plain arithmetic does without. fp32, which they do not have, is plain arithmetic.
+tensor cores waste that faster than plain arithmetic does without. fp32, which they do not have, is plain arithmetic. As
+in blocks of a sequence that are masked, a value that is no number reaches other rows of its tile (0 times infinity).
 
 Scores are kept times log2(e), for exp2: m is their running maximum, `total` the running sum, acc the running output.
 """

@@ -93,6 +93,12 @@ if not kernels.INTERPRETED:
         assert loss == (0, 0)
         assert not any(gradient.any() for gradient in torch.autograd.grad(sum(loss), (hidden, weight)))
 
+    def test_without_a_token_loss_and_gradients_are_zero():
+        hidden, weight, targets = (x[:0] if i != 1 else x for i, x in enumerate(case()))
+        loss = linear_cross_entropy(hidden, weight, targets, Z)
+        assert loss == (0, 0)
+        assert not any(gradient.any() for gradient in torch.autograd.grad(sum(loss), (hidden, weight)))
+
     def test_in_bf16_values_are_fp32_and_gradients_as_good_as_those_of_whole_logits_however_many_chunks(monkeypatch):
         hidden, weight, targets = case(tokens=4096, vocabulary=512, dtype=torch.bfloat16)
         want = definition(hidden, weight, targets)

@@ -121,12 +121,10 @@ def test_writes_that_no_lead_is_enough_for_are_said_once(shards, tmp_path, monke
     train(config)
     printed = capsys.readouterr().out
     assert printed.count("warning: a checkpoint takes 99 steps to be written, and checkpoint.every=10 leaves") == 1
-    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-9", "step-14", "step-19", "step-22"]
+    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-9", "step-18", "step-22"]
 
 
-def test_a_write_that_fails_is_tried_again_when_the_next_is_due_and_then_waited_for(
-    shards, tmp_path, monkeypatch, waits, capsys
-):
+def test_a_write_that_fails_is_tried_again_at_once_and_waited_for(shards, tmp_path, monkeypatch, waits, capsys):
     original = training.saver.first_difference
 
     def difference(folder, checksums, **options):
@@ -140,6 +138,6 @@ def test_a_write_that_fails_is_tried_again_when_the_next_is_due_and_then_waited_
     config.training.steps = 21
     train(config)
     assert "step-9 could not be saved" in capsys.readouterr().out
-    assert [step for step, _ in waits] == [10, 18]
-    assert waits[1] == (18, True)
-    assert [path.name for path in find_checkpoints(tmp_path / "run")] == ["step-18", "step-21"]
+    assert waits[1] == (10, True)
+    assert [step for step, _ in waits[:2]] == [10, 10]
+    assert next(path.name for path in find_checkpoints(tmp_path / "run")) == "step-10"
