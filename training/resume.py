@@ -208,12 +208,16 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def continue_command() -> str:
-    """The command of this run, free to go on to the last step, with where to give it unless that is once and here."""
+def continue_command(*, at_stop: bool) -> str:
+    """The command of this run, with where to give it unless that is once and here.
+
+    `at_stop`: the run has come to its training.stop_at, so that the command is free to go on to the last step.
+    """
     environment = os.environ
-    script, *given = sys.argv
-    arguments = [argument for argument in given if not argument.startswith("training.stop_at=")]
-    arguments.append("training.stop_at=null")
+    script, *arguments = sys.argv
+    if at_stop:
+        arguments = [argument for argument in arguments if not argument.startswith("training.stop_at=")]
+        arguments.append("training.stop_at=null")
     python = Path(sys.executable)
     if shutil.which(python.name) == str(python):
         python = Path(python.name)

@@ -1,6 +1,8 @@
 """scripts/evaluate.py gives the numbers of the training loop, and refuses what it cannot read."""
 
 import json
+import os
+import shutil
 
 import pytest
 
@@ -51,3 +53,15 @@ def test_what_cannot_be_evaluated_is_one_sentence(run_dir, tmp_path, capsys, arg
     other = write_shards(tmp_path / "other", tokenizer="1" * 64)
     assert main([a.format(run=run_dir, other=other) for a in arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("which", ["", "checkpoints/step-12"])
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_checkpoint_is_named_and_no_other_evaluated(run_dir, tmp_path, capsys, damage, which):
+    shutil.copytree(run_dir, tmp_path / "run")
+    file = max((tmp_path / "run" / "checkpoints" / "step-12").glob("*.distcp"), key=os.path.getsize)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content if damage == "flipped" else content[:100])
+    assert main([str(tmp_path / "run" / which), "--device", "cpu"]) == 2
+    assert "step-12 is damaged" in capsys.readouterr().err

@@ -47,4 +47,6 @@ def test_the_command_that_continues_starts_all_ranks(environment, command, monke
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train.py", "a=b", "training.stop_at=10"])
     monkeypatch.setattr(sys, "executable", "/elsewhere/PYTHON")
-    assert continue_command() == command.replace("PYTHON", "/elsewhere/PYTHON")
+    assert continue_command(at_stop=True) == command.replace("PYTHON", "/elsewhere/PYTHON")
+    unchanged = command.replace("training.stop_at=null", "training.stop_at=10")
+    assert continue_command(at_stop=False) == unchanged.replace("PYTHON", "/elsewhere/PYTHON"), "after a signal"
