@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from models.accounting import count_parameters
 from models.config import ConfigError, shown
+from training.checkpoint import checkpoint_folders
 from training.config import Config, resolved
 from training.distributed import World
 from training.rendezvous import NETWORK, bounded, unreachable
@@ -46,17 +47,14 @@ class Seen:
     sum_over_devices: float  # of one from each rank
 
 
-def check_ranks(world: World, config: Config, run_dir: Path, data: str) -> None:
-    """Raise ConfigError unless the ranks can train together; `run_dir` is rank 0's, which makes it when missing."""
+def check_ranks(world: World, config: Config, run_dir: Path, data: str, say: Callable[[str], None]) -> None:
+    """Raise ConfigError unless the ranks can train together; `run_dir` is rank 0's, which makes it when missing.
+
+    `say` takes a warning for the user.
+    """
     if world.is_main:
         run_dir.mkdir(parents=True, exist_ok=True)
-    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total
-    free = world.broadcast(shutil.disk_usage(run_dir).free if world.is_main else None)
-    if free < needed:
-        raise ConfigError(
-            f"run.dir={config.run.dir} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
-            "make room, or use another folder."
-        )
+    _check_room(world, config, run_dir, say)
     if world.size == 1:
         return
     groups = [dist.new_group(backend="gloo", timeout=TIMEOUT)]
@@ -84,6 +82,25 @@ def check_ranks(world: World, config: Config, run_dir: Path, data: str) -> None:
         for group in groups:
             dist.destroy_process_group(group)
     compare(seen, config.run.dir)
+
+
+def _check_room(world: World, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
+    needed = BYTES_PER_PARAMETER * count_parameters(config.model).total
+    free = world.broadcast(shutil.disk_usage(run_dir).free if world.is_main else None)
+    if free < needed:
+        raise ConfigError(
+            f"run.dir={config.run.dir} has {free / 1e6:,.1f} MB free and a checkpoint needs {needed / 1e6:,.1f} MB: "
+            "make room, or use another folder."
+        )
+    keep = config.checkpoint.keep
+    if world.is_main and keep is not None:
+        to_come = max(1, keep + 1 - len(checkpoint_folders(run_dir)))
+        if free < to_come * needed:
+            say(
+                f"warning: run.dir={config.run.dir} has {free / 1e6:,.1f} MB free, room for {free // needed} "
+                f"checkpoints of {needed / 1e6:,.1f} MB, and checkpoint.keep={keep} comes to {keep + 1}, as the oldest "
+                "is deleted after a new one is whole: make room, or keep fewer"
+            )
 
 
 def compare(seen: list[Seen], run_dir: str) -> None:

@@ -136,7 +136,7 @@ class Trainer:
         self._build_data()
         watchdog.mark("the data")
         self.startup.mark("data")
-        check_ranks(world, config, self.run_dir, self.stream.fingerprint)
+        check_ranks(world, config, self.run_dir, self.stream.fingerprint, self.console.say)
         self._build_model()
         watchdog.mark("the model")
         self.startup.mark("model")

@@ -29,9 +29,9 @@ def check(folder):
     assert world.parameter_mesh(2).mesh.tolist() == [[0], [1]]  # replicas x shards
     config = Config()
     config.model = small()
-    check_ranks(world, config, Path(folder), "data")
+    check_ranks(world, config, Path(folder), "data", print)
     with pytest.raises(ConfigError, match=r"rank 1 on .* has the data data-1 and rank 0 on .* has data-0"):
-        check_ranks(world, config, Path(folder), f"data-{rank}")
+        check_ranks(world, config, Path(folder), f"data-{rank}", print)
 
 
 def test_ranks_that_see_other_data_all_say_so(tmp_path):
@@ -44,7 +44,7 @@ def check_with_a_sum_that_hangs(folder):
     rank_check.bounded = lambda seconds, sentence: bounded(0.5, sentence)
     config = Config()
     config.model = small()
-    check_ranks(world, config, Path(folder), "data")
+    check_ranks(world, config, Path(folder), "data", print)
 
 
 def test_a_sum_that_hangs_ends_the_ranks_with_the_status_that_asks_for_a_restart(tmp_path, capfd):

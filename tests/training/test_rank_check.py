@@ -1,10 +1,12 @@
 """Ranks that cannot train together are told apart before anything is built, in one sentence that names the rank."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 import training.rank_check
+from models.accounting import count_parameters
 from models.config import ConfigError
 from tests.shards import tiny_config
 from training.rank_check import Seen, compare
@@ -45,3 +47,19 @@ def test_a_disk_without_room_for_a_checkpoint_is_named_before_the_first_step(sha
     with pytest.raises(ConfigError, match=r"MB free and a checkpoint needs .* make room"):
         train(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_disk_without_room_for_those_that_stay_is_a_warning(shards, tmp_path, monkeypatch, capsys):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.steps, config.checkpoint.keep = 3, 2
+    needed = training.rank_check.BYTES_PER_PARAMETER * count_parameters(config.model).total
+    for free, words in ((3 * needed, None), (3 * needed - 1, "room for 2 checkpoints"), (needed, "room for 1")):
+        monkeypatch.setattr(training.rank_check.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        train(config)
+        printed = capsys.readouterr().out
+        if words is None:
+            assert "warning: run.dir" not in printed
+        else:
+            assert f"{words}" in printed
+            assert "checkpoint.keep=2 comes to 3" in printed
+        config.run.dir += "-again"
