@@ -53,7 +53,7 @@ def newest(run_dir):
 
 @pytest.mark.parametrize(
     ("every", "permanent_every", "first"),
-    [(3, None, 3), (10, None, 9), (10, 7, 7), (25, None, 23)],
+    [(3, None, 3), (10, None, 9), (10, 7, 7), (20, None, 18)],
     ids=["no lead", "a lead", "permanent ones too", "a longer lead"],
 )
 def test_steps_done_are_never_more_than_the_interval_ahead_of_the_newest_whole_checkpoint(
@@ -86,32 +86,32 @@ def test_steps_done_are_never_more_than_the_interval_ahead_of_the_newest_whole_c
 
 
 def test_after_the_first_wait_saves_begin_early_enough(shards, tmp_path, monkeypatch, waits, capsys):
-    """Each write lasts for 11 steps, and no step more than that; the first has 10, from step 90 to 100."""
-    config = short(shards, tmp_path / "run", every=100, keep=None)
-    config.training.steps = last = 195
+    """Each write lasts for 6 steps, and no step more than that; the first has 5, from step 45 to 50."""
+    config = short(shards, tmp_path / "run", every=50, keep=None)
+    config.training.steps = last = 97
     original, clear, trainers = Trainer._step, training.saver._clear, []
 
     def step(self, batches):
         trainers.append(self)
         saver = self.saver
-        if saver._writing is not None and self.state.step >= saver._writing_step + 11:
+        if saver._writing is not None and self.state.step >= saver._writing_step + 6:
             futures.wait([saver._writing], timeout=60)
         return original(self, batches)
 
     def lasts(path):
         begun, trainer = int(path.name.removeprefix("step-")), trainers[0]
-        while trainer.state.step < min(begun + 11, last) and trainer.saver._waits_since is None:
+        while trainer.state.step < min(begun + 6, last) and trainer.saver._waits_since is None:
             time.sleep(0.001)
         clear(path)
 
     monkeypatch.setattr(Trainer, "_step", step)
     monkeypatch.setattr(training.saver, "_clear", lasts)
     train(config)
-    assert waits[0] == (100, True)
-    assert [step for step, going_on in waits if going_on and step < last] == [100]
+    assert waits[0] == (50, True)
+    assert [step for step, going_on in waits if going_on and step < last] == [50]
     first, second, *_ = [int(step) for step in re.findall(r"step-(\d+) \|", capsys.readouterr().out)]
-    assert first == 90
-    assert second in range(140, 180, 10), "twenty steps ahead, or more where the machine is busy"
+    assert first == 45
+    assert second in range(70, 90, 5), "ten steps ahead, or more where the machine is busy"
 
 
 def test_writes_that_no_lead_is_enough_for_are_said_once(shards, tmp_path, monkeypatch, capsys):
