@@ -9,11 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moda.kernels.precision import LN2, LOG2E
+
 # The fastest of 40 on an H200. Loads that run ahead take longer: programs of other rows hide the memory's time as well.
 LANES, PER, WARPS = 1024, 16, 32
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from eval.perplexity import PerplexityEvaluator
 from models.config import ConfigError
 from models.decoder import Decoder
 from models.parallelize import parallelize
-from training.checkpoint import find_checkpoints, load_checkpoint, verify
+from training.checkpoint import MARKER, checkpoint_folders, load_checkpoint, verify
 from training.compose import config_of_checkpoint
 from training.data import validation_folders
 from training.distributed import distributed_world
@@ -99,17 +99,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
 
 
 def newest(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest one of the run in it. Raises ConfigError where that is damaged."""
-    damaged: list[tuple[Path, str]] = []
-    found = find_checkpoints(path, lambda *folder_and_why: damaged.append(folder_and_why))
-    if damaged and (not found or step_of(damaged[-1][0]) > step_of(found[-1])):
-        raise ConfigError(damaged[-1][1])
-    return found[-1] if found else path
-
-
-def step_of(checkpoint: Path) -> int:
-    """Of a folder step-N."""
-    return int(checkpoint.name.removeprefix("step-"))
+    """`path` if it is a checkpoint, else the newest one of the run in it, damaged or not."""
+    marked = [folder for folder in checkpoint_folders(path) if (folder / MARKER).is_file()]
+    return marked[-1] if marked else path
 
 
 def table(metrics: dict[str, float]) -> str:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from data.shards import DataError
+from models.accounting import peak_flops
 from models.config import ConfigError
 from training.config import TrainingError
 from training.rendezvous import presence
@@ -136,3 +137,10 @@ def distributed_world(device: str, stopping: Callable[[], Signals | None] = lamb
         yield World(rank, size, own, mesh, store if size > 1 else None)
     finally:
         dist.destroy_process_group()
+
+
+def bf16_peak(device: torch.device, compute_dtype: torch.dtype) -> float | None:
+    """Matrix peak of a device in FLOP/s; None where it is not known, or not that of what a step in this dtype does."""
+    if device.type != "cuda" or compute_dtype != torch.bfloat16:
+        return None
+    return peak_flops(torch.cuda.get_device_name(device))

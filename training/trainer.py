@@ -27,7 +27,7 @@ from data.documents import MicroBatch
 from data.loader import BatchLoader
 from data.shards import write_atomically
 from eval.perplexity import PerplexityEvaluator
-from models.accounting import count_parameters, describe, peak_flops, training_flops_per_token
+from models.accounting import count_parameters, describe, training_flops_per_token
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.one_rank import keep_gathered
@@ -36,7 +36,7 @@ from training.checkpoint import TrainState, checkpoint_path, load_checkpoint, re
 from training.config import Config, RankError, TrainingError, resolved
 from training.curves import draw_curves
 from training.data import open_stream, validation_folders
-from training.distributed import World, distributed_world
+from training.distributed import World, bf16_peak, distributed_world
 from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
@@ -110,13 +110,6 @@ def _explained(config: Config, world: World) -> Iterator[None]:
             f"{error.filename or config.run.dir} cannot be used ({error.strerror or error}): make room or give access "
             "there, and the same command continues the last checkpoint."
         ) from error
-
-
-def bf16_peak(device: torch.device, compute_dtype: torch.dtype) -> float | None:
-    """Matrix peak of a device in FLOP/s; None where it is not known, or not that of what a step in this dtype does."""
-    if device.type != "cuda" or compute_dtype != torch.bfloat16:
-        return None
-    return peak_flops(torch.cuda.get_device_name(device))
 
 
 class Trainer:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from tests.shards import VOCAB, tiny_config
+from training.distributed import bf16_peak
 from training.metrics import read_metrics
-from training.trainer import Trainer, bf16_peak, train
+from training.trainer import Trainer, train
 
 PEAK = 1e9
 TIME, LAYERS, WIDTH, KV_WIDTH, FFN_WIDTH = 16, 2, 32, 16, 48  # of `tiny_config`
