@@ -80,6 +80,7 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist or cannot do this.
+        TypeError: an argument is no tensor.
     """
     check_sequence(q, k, v, cu_seqlens)
     _check_depth(q, k, depth_k, depth_v)
@@ -110,7 +111,8 @@ def explain(
 
 
 def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError, with the shapes in it, unless q, k, v and cu_seqlens fit together."""
+    """Raise ValueError, with the shapes in it, unless q, k, v and cu_seqlens fit together; TypeError for no tensors."""
+    _check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q, k and v must have the axes [batch, time, heads, head_dim], got {shapes}.")
@@ -140,7 +142,14 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
             raise ValueError(f"cu_seqlens must rise from 0 to batch * time = {q.shape[0] * q.shape[1]}, got {ends}.")
 
 
+def _check_tensors(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if argument is not None and not isinstance(argument, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}: convert it with torch.as_tensor.")
+
+
 def _check_depth(q: Tensor, k: Tensor, depth_k: Tensor | None, depth_v: Tensor | None) -> None:
+    _check_tensors(depth_k=depth_k, depth_v=depth_v)
     if depth_k is None or depth_v is None:
         if depth_k is not depth_v:
             raise ValueError("depth_k and depth_v are given together or not at all.")

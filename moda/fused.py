@@ -25,7 +25,8 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
     if not kernels.available(q.device):
         return "it needs Triton and a CUDA device, Ampere or later"
     if q.dtype not in dtypes:
-        return f"it needs {', '.join(str(dtype) for dtype in dtypes)}, not {q.dtype}"
+        where = " in Triton's interpreter (TRITON_INTERPRET)" if kernels.INTERPRETED else ""
+        return f"it needs {', '.join(str(dtype) for dtype in dtypes)}{where}, not {q.dtype}"
     if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
         return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
     from moda.kernels.depth import MAX_GROUP

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The fastest of 1, 2 and 4 rows and warps, and of 528 to 4224 programs, on an H100; two rows of more than NARROW, or of
-# less in more warps, take half as long again.
+# The fastest of 1, 2 and 4 rows and warps, of 528 to 4224 programs and of 1 to 3 stages, on an H100 and an H200; two
+# rows of more than NARROW, or of less in more warps, take half as long again.
 ROWS, NARROW, WARPS = 2, 512, 1
-BACKWARD_PROGRAMS = 1056  # eight for each multiprocessor of a Hopper GPU
+BACKWARD_PROGRAMS, WITHOUT_QUERIES = 1056, 2112  # eight for each multiprocessor of a Hopper GPU, or 16
 
 
 @triton.jit
@@ -209,7 +209,7 @@ def backward(
     sizes = _sizes(product.shape, q_weight.shape, k_weight.shape, cos.shape, head_dim)
     widths = sizes["QW"], sizes["KW"]
     rows = _rows(sizes)
-    programs = min(BACKWARD_PROGRAMS, -(-sizes["tokens"] // rows))
+    programs = min(BACKWARD_PROGRAMS if sizes["QW"] else WITHOUT_QUERIES, -(-sizes["tokens"] // rows))
     dproduct = torch.empty_like(product)
     sums = product.new_empty(programs, sum(widths), dtype=torch.float32)
     with torch.cuda.device_of(product):

@@ -2,16 +2,18 @@
 
 In: the steps that are done, and how many the writes have taken. Out: whether a save is due, and whether no further step
 may be done before the one under way is written. A checkpoint that is written beside training counts once it is whole:
-its save begins some steps ahead of the bound, as many as the slowest write so far has taken. No tensors and no clock:
-all ranks give the same numbers, and so come to the same answers.
+its save begins some steps ahead of the bound, as many as the slowest of the last few writes has taken. No tensors and
+no clock: all ranks give the same numbers, and so come to the same answers.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 
 PARTS = 10  # of `checkpoint.every`: a save begins whole parts ahead of the bound
 MOST_PARTS = 5
+RECENT = 4  # writes that are learnt from: one slow write of a busy disk is forgotten after so many quick ones
 
 
 class SaveSchedule:
@@ -24,7 +26,7 @@ class SaveSchedule:
         self.begun = 0  # step of the newest checkpoint that was begun or loaded
         self._permanent_every = permanent_every
         self._part = every // PARTS
-        self._lead = self._part
+        self._leads = deque([self._part], maxlen=RECENT)  # that the last writes have needed
         self._warned = False
         self._failures = 0  # writes in a row that came to nothing
         self._again_from: int | None = None  # step from which the last of them is tried again
@@ -32,7 +34,7 @@ class SaveSchedule:
     @property
     def lead(self) -> int:
         """Steps that a write has before training waits for it."""
-        return self._lead if self.asynchronous else 0
+        return max(self._leads) if self.asynchronous else 0
 
     def is_due(self, step: int) -> bool:
         """Whether a save is to begin when `step` steps are done."""
@@ -66,10 +68,8 @@ class SaveSchedule:
         if not self._part:
             return None
         parts = math.ceil(steps / self._part)
-        if (
-            parts <= PARTS
-        ):  # where a write takes longer than `every`, training waits no less for one that begins earlier
-            self._lead = max(self._lead, min(parts, MOST_PARTS) * self._part)
+        if parts <= PARTS:  # a longer write than `every` is waited for no less where it begins earlier
+            self._leads.append(max(1, min(parts, MOST_PARTS)) * self._part)
         if parts <= MOST_PARTS or self._warned:
             return None
         self._warned = True

@@ -90,15 +90,16 @@ class CheckpointSaver:
         self._unheld: HostCopy | None = None  # a copy that the optimizer has not waited for
         self._writing: Future[str | None] | None = None
         self._writing_step = 0
+        self._last = False  # the save that runs is
         # Of the save that runs: when it began, on its own clock and on that of steps, and what it took in the end.
         self._began = self._stepping = self._write_seconds = 0.0
         self._waits_since: float | None = None  # training waits for it at the bound
         optimizer.register_step_pre_hook(lambda *_: self._before_step())
 
-    def save(self, state: TrainState, stepping: float, *, delete_old: bool = True) -> None:
+    def save(self, state: TrainState, stepping: float, *, delete_old: bool = True, last: bool = False) -> None:
         """Begin to save `state` and the tensors as they are. Waits for the save before it, if that still runs.
 
-        `stepping`: seconds that this start has spent in steps so far.
+        `stepping`: seconds that this start has spent in steps so far. `last`: no step comes after it.
         """
         begin = time.perf_counter()
         # A part of what training waits for: it is long where a write takes longer than the steps between.
@@ -115,7 +116,7 @@ class CheckpointSaver:
         # Copied at once: the next step enters the window before its optimizer waits for the other copies.
         tensors["skip"] = {name: tensor.to("cpu", copy=True) for name, tensor in tensors["skip"].items()}
         copying = self._begin_copy(tensors) if self.schedule.asynchronous else None
-        self._writing_step, self._stages, self._unheld = state.step, 0, copying
+        self._writing_step, self._stages, self._unheld, self._last = state.step, 0, copying, last
         if copying is None:
             self._writing = self._thread.submit(self._timed_write, tensors, state, delete_old)
             self.wait()
@@ -282,7 +283,8 @@ class CheckpointSaver:
             before = "there is none before it"
             if self.saved_step:
                 before = f"the checkpoint before it (step {self.saved_step}) stays as it is"
-            self._say(f"warning: {path} could not be saved ({failure}); {before}, and training goes on")
+            then = "" if self._last else ", and training goes on"
+            self._say(f"warning: {path} could not be saved ({failure}); {before}{then}")
             _discard(path)
             return failure
         seconds = time.perf_counter() - begin

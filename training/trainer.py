@@ -327,9 +327,10 @@ class Trainer:
             self._keep_bound()
 
     def _save(self) -> None:
+        last = self.stop.signal is not None or self.state.step >= self.last_step
         with self.clock.paused():
             self.state.seconds = self.clock.elapsed
-            self.saver.save(self.state, self.clock.stepping, delete_old=self.spikes.in_a_row == 0)
+            self.saver.save(self.state, self.clock.stepping, delete_old=self.spikes.in_a_row == 0, last=last)
             self.watchdog.mark(f"the checkpoint of step {self.state.step}")
 
     def _finish(self) -> None:

@@ -144,6 +144,14 @@ def test_arguments_that_do_not_fit_get_one_sentence(arguments, options, words):
         moda.attention(*arguments, **options)
 
 
+@pytest.mark.parametrize("name", ["q", "depth_v", "cu_seqlens"])
+def test_what_is_no_tensor_gets_one_sentence(name):
+    arguments = {"q": tensor(1, 4, 2, 8), "k": tensor(1, 4, 2, 8), "v": tensor(1, 4, 2, 8)}
+    arguments |= {"depth_k": tensor(1, 1, 4, 2, 8), "depth_v": tensor(1, 1, 4, 2, 8), name: [0, 4]}
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor, got list"):
+        moda.attention(**arguments)
+
+
 @pytest.mark.parametrize("slots", [0, 3])
 @pytest.mark.parametrize("queries", [1, 4, 11])
 def test_fewer_queries_than_keys_are_those_of_the_last_tokens(queries, slots):

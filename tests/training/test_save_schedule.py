@@ -48,6 +48,7 @@ SCENARIOS = {
     "no step to spare": (partial(play, 1000, [100], 3000), [900, 1700, 2500], []),
     "too long once": (partial(play, 1000, [250], 3500), [900, 1600, 2300, 3000], [1000]),
     "the slowest counts": (partial(play, 1000, [50, 250, 50], 3500), [900, 1800, 2500, 3200], [1900]),
+    "slow once, forgotten": (partial(play, 1000, [250, 50], 5500), [900, 1600, 2300, 3000, 3700, 4600, 5500], [1000]),
     "half at the most": (partial(play, 1000, [499], 2500), [900, 1400, 1900, 2400], [1000]),
     "longer than that": (partial(play, 1000, [700], 2000), [900, 1400, 1900], [1000, 1900]),
     "least with a lead": (partial(play, 10, [3], 27), [9, 15, 21, 27], [10]),
