@@ -17,7 +17,10 @@ from data.shards import write_atomically
 from training.distributed import World
 from training.restarts import VERSIONS, entries, last_record, launch
 
-PACKAGES = ("torch", "triton", "transformers", "datasets", "tokenizers", "hydra-core", "wandb", "numpy", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "transformers", "datasets", "tokenizers", "hydra-core", "wandb", "numpy"),
+    *("flash-attn-4", "flash-attn"),  # optional; sequence attention takes them where they are faster
+)
 
 
 def record_versions(run_dir: Path, world: World, step: int) -> None:
