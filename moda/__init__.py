@@ -1,7 +1,7 @@
 """Mixture-of-Depths Attention (arXiv 2603.15619): one softmax over a layer's sequence and over the depth of a token.
 
 Public names: `attention`, the stand-alone operator; `explain`, which kernels a call of it takes; `DepthStream`, keys
-and values that layers leave for later ones.
+and values that layers leave for later ones; `slot_memory`, where a kernel that makes these can put them.
 
 Axis names in shape comments, here and in every module of the package:
     batch, time     rows of the batch, positions of a row
@@ -15,6 +15,6 @@ softmax; p its probabilities; do the gradient of o; delta = rowsum(do * o); ds t
 """
 
 from moda.attention import attention, explain
-from moda.depth_stream import DepthStream
+from moda.depth_stream import DepthStream, slot_memory
 
-__all__ = ["DepthStream", "attention", "explain"]
+__all__ = ["DepthStream", "attention", "explain", "slot_memory"]

@@ -100,6 +100,7 @@ class _Lease:
 
 
 _numbers = itertools.count()  # of leases: one sequence for all streams, so that a handle never fits another's
+_leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()  # by number, of all streams
 
 
 def _in_backward() -> bool:
@@ -120,6 +121,19 @@ def _without_view(storage: Tensor, index: int) -> Tensor:
     """
     stride, *strides = storage.stride()
     return storage.new_empty(0).set_(storage.untyped_storage(), index * stride, storage.shape[1:], strides)
+
+
+def slot_memory(place: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The slot that `DepthStream.place` has named, for its K and V to be written to; None where they need other memory.
+
+    That is so in a backward pass: a recomputation comes when the slot may hold sums of gradients.
+    """
+    number, slot = place.tolist()
+    lease = _leases.get(number)
+    if lease is None or slot in lease.written or _in_backward():
+        return None
+    keys, values = lease.storage()
+    return _without_view(keys, slot), _without_view(values, slot)
 
 
 class DepthStream:
@@ -202,11 +216,22 @@ class DepthStream:
         shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         lease = _Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
-        self._leases[number] = lease
+        self._leases[number] = _leases[number] = lease
         if not lease.records_grad:
             self._without_grad[number] = lease
         anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
         return _Start.apply(anchor, lease)
+
+    @torch.compiler.disable
+    def place(self, handle: Tensor, layer: int, slot: int) -> Tensor:
+        """Names a slot to what makes its keys and values: `moda.slot_memory` of it is where to put them.
+
+        Given to `write` they are not copied then. Nothing else may have that memory in use until then: `write` alone
+        gives autograd's names to it. Returns int64 [2] on the CPU, which compiled code takes as it takes any tensor.
+        """
+        lease = self._lease(handle)
+        self._check_place(layer, slot)
+        return torch.tensor((lease.number, layer * self.slots_per_layer + slot))
 
     @torch.compiler.disable
     def write(self, handle: Tensor, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -350,15 +375,16 @@ class _Start(torch.autograd.Function):
 
 
 class _Write(torch.autograd.Function):
-    """Copies K and V to their slot; the backward pulls the slot's gradient from the readers."""
+    """Copies K and V to their slot, unless they are there; the backward pulls the slot's gradient from the readers."""
 
     @staticmethod
     def forward(ctx, handle, k, v, stream, lease, layer, slot):
         ctx.set_materialize_grads(False)
         keys, values = lease.storage()
         slot_k, slot_v = _without_view(keys, slot), _without_view(values, slot)
-        slot_k.copy_(k)
-        slot_v.copy_(v)
+        for target, source in ((slot_k, k), (slot_v, v)):
+            if source.data_ptr() != target.data_ptr() or source.stride() != target.stride():
+                target.copy_(source)
         lease.written.add(slot)
         lease.aliases.setdefault(slot, []).extend((slot_k.detach(), slot_v.detach()))  # a recomputation makes new ones
         ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape

@@ -72,26 +72,30 @@ class DepthBlock(Block):
         self, x: Tensor, handle: Tensor, stream: moda.DepthStream, rotary: Rotary, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """x [batch, time, hidden_size] and the stream's handle to the same."""
-        q, k, v, *slot = self.before_attention(x, rotary)
+        q, k, v, *slot = self.before_attention(x, rotary, stream.place(handle, self.layer, 0))
         if slot:
             _, _, handle = stream.write(handle, self.layer, 0, *slot)
         else:
             k, v, handle = stream.write(handle, self.layer, 0, k, v)
         out, handle = stream.attend(handle, self.layer, q, k, v, cu_seqlens=cu_seqlens, backend=self.attention_backend)
-        x, *slot = self.after_attention(x, out, rotary)
+        place = None if self.ffn_slot is None else stream.place(handle, self.layer, 1)
+        x, *slot = self.after_attention(x, out, rotary, place)
         if slot:
             _, _, handle = stream.write(handle, self.layer, 1, *slot)
         return x, handle
 
-    def before_attention(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
-        """q, k, v as in `Block`, and with a projection of attention's input to a slot its k, v."""
+    def before_attention(self, x: Tensor, rotary: Rotary, place: Tensor | None) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """q, k, v as in `Block`, and with a projection of attention's input to a slot its k, v; `place`: the slot's."""
         attention_input = self.enter(self.attention_norm, x)
-        q, k, v = self.attention(attention_input, rotary)
-        return (q, k, v) if self.attention_slot is None else (q, k, v, *self.attention_slot(attention_input, rotary))
+        if self.attention_slot is None:
+            return self.attention(attention_input, rotary, place)
+        return *self.attention(attention_input, rotary), *self.attention_slot(attention_input, rotary, place)
 
-    def after_attention(self, x: Tensor, out: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def after_attention(  # type: ignore[override]
+        self, x: Tensor, out: Tensor, rotary: Rotary, place: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The layer's output as in `Block`, and with a projection of the FFN's input to a slot its k, v."""
         h = self.join(self.attention_norm, x, self.out_proj(out.flatten(2)))
         ffn_input = self.enter(self.ffn_norm, h)
-        slot = () if self.ffn_slot is None else self.ffn_slot(ffn_input, rotary)
+        slot = () if self.ffn_slot is None else self.ffn_slot(ffn_input, rotary, place)
         return self.join(self.ffn_norm, h, self.ffn(ffn_input)), *slot

@@ -94,16 +94,20 @@ class HeadNorms(nn.Module):
         self.v_norm = HeadRMSNorm(config.norm_eps) if config.value_norm else nn.Identity()
         self.heads = (config.num_kv_heads, config.head_dim)
 
-    def fused(self, product: Tensor, q_norm: nn.Module | None, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor] | None:
+    def fused(
+        self, product: Tensor, q_norm: nn.Module | None, rotary: Rotary, place: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """q, k, v of the product of a fused projection in one pass, None where no kernel does that.
 
-        `q_norm` is that of the queries, None for a product without any.
+        `q_norm` is that of the queries, None for a product without any. `place`: of the depth slot for k and v.
         """
         if not isinstance(self.k_norm, RMSNorm) or not kernels.available(product.device, product.dtype):
             return None
         q_weight = q_norm.weight if isinstance(q_norm, RMSNorm) else None
         k_weight, eps, head_dim = self.k_norm.weight, self.k_norm.eps, self.heads[1]
-        q, k, v = norm_rotary.norm_rotary(product, q_weight, k_weight, *rotary, head_dim, eps)
+        if isinstance(self.v_norm, HeadRMSNorm):
+            place = None  # its result is for the slot, not what goes into it
+        q, k, v = norm_rotary.norm_rotary(product, q_weight, k_weight, *rotary, head_dim, eps, place)
         return q, k, self.v_norm(v)
 
     def forward(self, k: Tensor, v: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
@@ -122,10 +126,10 @@ class SlotProjection(nn.Module):
         self.kv_proj = nn.Linear(config.hidden_size, 2 * config.num_kv_heads * config.head_dim, bias=config.bias)
         self.norms = HeadNorms(config)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """x [batch, time, hidden_size] to k, v [batch, time, kv_heads, head_dim]."""
+    def forward(self, x: Tensor, rotary: Rotary, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x [batch, time, hidden_size] to k, v [batch, time, kv_heads, head_dim]; `place`: of a slot that they fit."""
         product = self.kv_proj(x)
-        if (fused := self.norms.fused(product, None, rotary)) is not None:
+        if (fused := self.norms.fused(product, None, rotary, place)) is not None:
             return fused[1:]
         return self.norms(*product.chunk(2, -1), rotary)
 
@@ -141,10 +145,13 @@ class QKVProjection(nn.Module):
         self.q_norm = RMSNorm(self.widths[0], config.norm_eps) if config.qk_norm else nn.Identity()
         self.norms = HeadNorms(config)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
-        """x [batch, time, hidden_size] to q, k, v [batch, time, heads or kv_heads, head_dim]."""
+    def forward(self, x: Tensor, rotary: Rotary, place: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [batch, time, hidden_size] to q, k, v [batch, time, heads or kv_heads, head_dim].
+
+        `place`: of a depth slot that k and v are put in, if they can.
+        """
         product = self.qkv_proj(x)
-        if (fused := self.norms.fused(product, self.q_norm, rotary)) is not None:
+        if (fused := self.norms.fused(product, self.q_norm, rotary, place)) is not None:
             return fused
         q, k, v = product.split(self.widths, -1)
         return rotate(self.q_norm(q).unflatten(-1, self.heads), rotary), *self.norms(k, v, rotary)

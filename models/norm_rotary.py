@@ -9,9 +9,12 @@ two to three times: an operator of torch.library, opaque to it, around the Trito
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
+import moda
 from moda.first_order import first_order
 from models.kernels import LIBRARY, registered
 
@@ -24,6 +27,7 @@ def norm_rotary(
     sin: Tensor,
     head_dim: int,
     eps: float,
+    place: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [batch, time, heads, head_dim], contiguous, in the dtype of `product`.
 
@@ -33,22 +37,33 @@ def norm_rotary(
         k_weight: of the keys' norm, [kv_width].
         cos, sin: rotary tables [batch or 1, time, 1, head_dim / 2], fp32.
         eps: added to the mean square.
+        place: of a depth slot (`moda.DepthStream.place`), whose memory k and v are written to, if it takes them.
 
     Gradients reach `product` and the weights, first order only.
     """
     none = k_weight.new_empty(0) if q_weight is None else q_weight
-    return _norm_rotary(product, none, k_weight, cos, sin, head_dim, eps)
+    return _norm_rotary(product, none, k_weight, cos, sin, head_dim, eps, place)
 
 
 def _forward(
-    product: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, head_dim: int, eps: float
+    product: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+    place: Optional[Tensor] = None,  # noqa: UP045  # as infer_schema reads it
 ) -> tuple[Tensor, Tensor, Tensor]:
     from models.norm_rotary_kernel import forward
 
-    return forward(product.contiguous(), q_weight, k_weight, cos.contiguous(), sin.contiguous(), head_dim, eps)
+    # To the compiler k and v are new tensors, as they should be: nothing else uses that memory before the slot's write.
+    memory = None if place is None else moda.slot_memory(place)
+    tables = (cos.contiguous(), sin.contiguous())
+    return forward(product.contiguous(), q_weight, k_weight, *tables, head_dim, eps, memory)
 
 
-def _forward_fake(product, q_weight, k_weight, cos, sin, head_dim, eps):
+def _forward_fake(product, q_weight, k_weight, cos, sin, head_dim, eps, place=None):
     batch, time, _ = product.shape
     widths = (len(q_weight), len(k_weight), len(k_weight))
     q, k, v = (product.new_empty(batch, time, width // head_dim, head_dim) for width in widths)
@@ -83,14 +98,14 @@ _norm_rotary_backward = registered("norm_rotary_backward", _backward, _backward_
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.head_dim, ctx.eps = inputs
+    *tensors, ctx.head_dim, ctx.eps, _ = inputs  # no place: backward does not write there
     ctx.save_for_backward(*tensors)
 
 
 @first_order
 def _gradients(ctx, dq, dk, dv):
     gradients = _norm_rotary_backward(dq, dk, dv, *ctx.saved_tensors, ctx.head_dim, ctx.eps)
-    return *gradients, None, None, None, None
+    return *gradients, None, None, None, None, None
 
 
 torch.library.register_autograd("models::norm_rotary", _gradients, setup_context=_setup_context, lib=LIBRARY)

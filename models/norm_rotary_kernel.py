@@ -178,14 +178,27 @@ def norm_rotary_backward(
 
 
 def forward(
-    product: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, head_dim: int, eps: float
+    product: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    eps: float,
+    memory: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `models.norm_rotary.norm_rotary`, on contiguous tensors; `q_weight` of no elements for no queries."""
+    """As `models.norm_rotary.norm_rotary`, on contiguous tensors; `q_weight` of no elements for no queries.
+
+    `memory`: contiguous tensors that k and v are written to and returned as.
+    """
     batch, time, _ = product.shape
     sizes = _sizes(product.shape, q_weight.shape, k_weight.shape, cos.shape, head_dim)
     rows = _rows(sizes)
     q = product.new_empty(batch, time, sizes["QW"] // head_dim, head_dim)
-    k, v = (product.new_empty(batch, time, sizes["KW"] // head_dim, head_dim) for _ in range(2))
+    shape = (batch, time, sizes["KW"] // head_dim, head_dim)
+    k, v = memory or (product.new_empty(shape), product.new_empty(shape))
+    assert k.shape == v.shape == shape
+    assert k.dtype == v.dtype == product.dtype
     with torch.cuda.device_of(product):
         norm_rotary_forward[(-(-batch * time // rows),)](
             product, q_weight, k_weight, cos, sin, q, k, v, eps=eps, ROWS=rows, num_warps=WARPS, **sizes

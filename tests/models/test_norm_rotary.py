@@ -76,6 +76,7 @@ if not kernels.INTERPRETED:
 
 else:
     from models import norm_rotary_kernel
+    from models.parallelize import prepare_blocks
     from tests.models.plain import build, small, tokens
 
     @pytest.mark.parametrize("programs", [1056, 2])
@@ -112,3 +113,27 @@ else:
         torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=0)
         for got, wanted in zip(gradients, want, strict=True):
             torch.testing.assert_close(got, wanted, rtol=2e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("backend", [None, "aot_eager"])
+    def test_a_model_with_it_writes_to_its_slots_at_once(backend, monkeypatch):
+        copies = []
+        copy = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda self, *rest: copies.append(self.shape) or copy(self, *rest))
+
+        def run(**changes):
+            model = build(small(depth_kv=True, ffn_kv_proj=True, **changes), dtype=torch.float32)
+            prepare_blocks(model, "none", backend)
+            copies.clear()
+            loss = sum(model(*tokens()))
+            copied = [shape for shape in copies if len(shape) == 4]
+            loss.backward()
+            return copied, [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+        copied, got = run()
+        assert not copied
+        for changes in ({"attn_kv_proj": True}, {"value_norm": True}):
+            assert bool(run(**changes)[0]) == ("value_norm" in changes), "what the value norm returns lies elsewhere"
+        monkeypatch.setattr("moda.slot_memory", lambda place: None)
+        copied, want = run()
+        assert copied
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
