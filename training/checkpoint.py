@@ -1,13 +1,14 @@
 """Checkpoints of a run: `run_dir/checkpoints/step-N`, written by torch.distributed.checkpoint.
 
 In: model, optimizer and a small state (step, position in the data, ...). Out: folders that any number of ranks can
-load. `checkpoint.json`, the marker, holds the small state and the size and SHA-256 of every file. It is written last,
-after the files were read back: a folder without it is not a checkpoint, whatever else is in it, and deletion removes
-it first. `training.saver` writes them, `training.resume` chooses among them.
+load. `checkpoint.json`, the marker, holds the small state, the size and SHA-256 of every file, and one of all that. It
+is written last, after the files were read back: a folder without it is not a checkpoint, whatever else is in it, and
+deletion removes it first. `training.saver` writes them, `training.resume` chooses among them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import re
@@ -30,6 +31,7 @@ from training.storage import SafeReader, UnsafeCheckpointError, WatchedPlanner, 
 from training.watchdog import UNWATCHED, Watch
 
 MARKER = "checkpoint.json"
+CHECKSUM = "checksum"  # its key for that of itself
 FOLDER = "checkpoints"
 ASIDE = ".damaged"  # ending of the name of a checkpoint that was set aside
 
@@ -74,7 +76,13 @@ class Marker:
 
     def write(self, path: Path) -> None:
         """Make the folder `path` a checkpoint."""
-        write_atomically(path / MARKER, json.dumps(asdict(self), indent=1).encode())
+        write_atomically(path / MARKER, json.dumps(sealed(json.loads(json.dumps(asdict(self)))), indent=1).encode())
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a marker, as JSON gives it back, with the SHA-256 of its other keys."""
+    rest = {key: value for key, value in content.items() if key != CHECKSUM}
+    return rest | {CHECKSUM: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -125,6 +133,10 @@ def read_marker(path: Path, key: str = "") -> Marker:
         ) from None
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{named} is damaged ({MARKER} cannot be read: {error}): use another checkpoint.") from error
+    if content.get(CHECKSUM) != sealed(content)[CHECKSUM]:
+        raise ConfigError(f"{named} is damaged ({MARKER} is not what was saved): use another checkpoint.")
+    if (named_step := re.fullmatch(r"step-(\d+)", path.name)) and state.get("step") != int(named_step[1]):
+        raise ConfigError(f"{named} is damaged (its step is {state.get('step')}): use another checkpoint.")
     unknown = state.keys() - {known.name for known in fields(TrainState)}
     if unknown:
         raise NewerCheckpointError(
@@ -220,14 +232,16 @@ def checkpoint_tensors(
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint, marker first: what a kill leaves of it is none."""
     (path / MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path)
+    shutil.rmtree(path.resolve())
+    if path.is_symlink():
+        path.unlink()
 
 
 def prune(run_dir: Path, keep: int | None) -> list[Path]:
     """Delete all but the newest `keep` checkpoints that are not permanent, and what interrupted saves left before them.
 
     None keeps all. Of those that were set aside the newest stays, as evidence. The caller has verified the newest one.
-    Returns what was deleted.
+    Returns what was deleted; raises the first OSError after all others were tried.
     """
     whole = find_checkpoints(run_dir)
     if not whole:
@@ -238,8 +252,14 @@ def prune(run_dir: Path, keep: int | None) -> list[Path]:
     if keep is not None:
         deleted += [path for path in whole if not read_marker(path).state.permanent][:-keep]
     deleted += checkpoint_folders(run_dir, ASIDE)[:-1]
+    failures = []
     for path in deleted:
-        remove_checkpoint(path)
+        try:
+            remove_checkpoint(path)
+        except OSError as error:
+            failures.append(error)
+    if failures:
+        raise failures[0]
     return deleted
 
 

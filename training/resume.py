@@ -98,7 +98,14 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
             )
     if own is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
         # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
-        check_resumable(yaml.safe_load((run_dir / "config.yaml").read_text("utf-8")), config, run_dir)
+        begun = _begun_with(run_dir)
+        check_resumable(begun, config, run_dir)
+        before = begun.get("checkpoint", {}).get("resume", resume)
+        if resume == "auto" and before not in ("auto", "never"):
+            raise ConfigError(
+                f"checkpoint.resume=auto finds no checkpoint in {run_dir}, whose run began with {before}: give "
+                f"checkpoint.resume={before} again, or another run.name for new weights."
+            )
     if path is not None:
         saved = read_marker(path).state
         check_resumable(saved.config, config, path)
@@ -113,6 +120,21 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     else:
         check_allowed(config, flatten(resolved(config)))
     return path
+
+
+def _begun_with(run_dir: Path) -> dict[str, Any]:
+    """The configuration of the last start in a run directory, nested."""
+    path = run_dir / "config.yaml"
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        content = None
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path} is damaged, and there is no checkpoint to tell what the run was: remove {run_dir} to begin again, "
+            "or choose another run.name."
+        )
+    return content
 
 
 def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:

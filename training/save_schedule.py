@@ -65,11 +65,11 @@ class SaveSchedule:
 
     def learn(self, steps: int) -> str | None:
         """A write has taken `steps` steps (0: not known). Returns a sentence where that is too many, once."""
-        if not self._part:
+        if not self._part or not steps:
             return None
         parts = math.ceil(steps / self._part)
         if parts <= PARTS:  # a longer write than `every` is waited for no less where it begins earlier
-            self._leads.append(max(1, min(parts, MOST_PARTS)) * self._part)
+            self._leads.append(min(parts, MOST_PARTS) * self._part)
         if parts <= MOST_PARTS or self._warned:
             return None
         self._warned = True

@@ -32,7 +32,7 @@ from models.decoder import Decoder
 from models.initialization import initialize
 from models.one_rank import keep_gathered
 from models.parallelize import parallelize
-from training.checkpoint import TrainState, checkpoint_path, load_checkpoint, read_marker
+from training.checkpoint import TrainState, checkpoint_folders, checkpoint_path, load_checkpoint, read_marker
 from training.config import Config, RankError, TrainingError, resolved
 from training.curves import draw_curves
 from training.data import open_stream, validation_folders
@@ -451,7 +451,7 @@ class Trainer:
             self.state = TrainState()
         else:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes, self.watchdog)
-            if checkpoint.parents[1] != self.run_dir.resolve():  # a new run that begins with another's weights
+            if not any(checkpoint.samefile(own) for own in checkpoint_folders(self.run_dir)):  # another run's
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             else:  # the record that a signal put off may have been made since, by a start that came to no checkpoint
                 self.last_recorded = self.state.step - bool(self.state.unrecorded)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.fault_injection.bench import EVERY, MARKER, STEPS, Bench, Row
+from training.checkpoint import sealed
 
 
 def damaged(bench: Bench, times: int) -> list[Row]:
@@ -30,11 +31,17 @@ def damaged(bench: Bench, times: int) -> list[Row]:
             if file.name != MARKER:
                 file.unlink()
 
+    def other_position(path: Path) -> None:
+        content = json.loads((path / MARKER).read_text())
+        content["state"]["instances"] ^= 4
+        (path / MARKER).write_text(json.dumps(content, indent=1))
+
     ways: list[tuple[str, Callable[[Path], object]]] = [
         ("flipped bit", flip),
         ("truncated file", lambda path: os.truncate(next(path.glob("*.distcp")), 100)),
         ("missing shard", lambda path: next(path.glob("*.distcp")).unlink()),
         ("marker without files", empty),
+        ("flipped bit in the marker", other_position),
         ("missing marker", lambda path: (path / MARKER).unlink()),
     ]
     rows = []
@@ -108,7 +115,7 @@ def crafted(bench: Bench, times: int) -> Row:
     marker = json.loads((path / MARKER).read_text())
     marker["bytes"][".metadata"] = len(content)
     marker["sha256"][".metadata"] = hashlib.sha256(content).hexdigest()
-    (path / MARKER).write_text(json.dumps(marker))
+    (path / MARKER).write_text(json.dumps(sealed(marker)))
     status = bench.finish(run_dir)
     message = bench.said(r"error: [^\n]*is not loaded[^\n]*")
     passed = status == 2 and message != "" and not executed.exists()

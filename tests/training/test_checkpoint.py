@@ -17,7 +17,7 @@ import training.saver
 import training.storage
 from models.config import ConfigError
 from tests.training.runs import OVERLAPPING, short
-from training.checkpoint import MARKER, Marker, find_checkpoints, prune, read_marker, verify
+from training.checkpoint import CHECKSUM, MARKER, Marker, find_checkpoints, prune, read_marker, sealed, verify
 from training.config import TrainingError
 from training.host_copy import HostCopy, _leaves
 from training.metrics import read_metrics
@@ -56,10 +56,16 @@ def flip(path):
         file.write(bytes([byte[0] ^ 1]))
 
 
-def edit_state(path, **values):
+def edit_state(path, seal=sealed, **values):
     content = json.loads((path / MARKER).read_text())
     content["state"] |= values
-    (path / MARKER).write_text(json.dumps(content))
+    (path / MARKER).write_text(json.dumps(seal(content)))
+
+
+def edit_text(path, old, new):
+    text = (path / MARKER).read_text()
+    assert text.count(old) == 1
+    (path / MARKER).write_text(text.replace(old, new))
 
 
 DAMAGE = {
@@ -70,7 +76,11 @@ DAMAGE = {
     "marker without files": lambda path: [file.unlink() for file in path.iterdir() if file.name != MARKER],
     "marker that is no JSON": lambda path: (path / MARKER).write_text("{"),
     "marker that is something else": lambda path: (path / MARKER).write_text('{"state": 3}'),
-    "marker with a word for a number": lambda path: edit_state(path, step="8"),
+    "marker with a word for a number": lambda path: edit_state(path, tokens="8"),
+    "marker with another step": lambda path: edit_state(path, step=6),
+    "marker with another position": lambda path: edit_state(path, seal=dict, instances=36),
+    "marker with another key": lambda path: edit_text(path, '"seconds"', '"secondr"'),
+    "marker without its checksum": lambda path: edit_text(path, f'"{CHECKSUM}"', '"checksun"'),
 }
 
 
@@ -107,7 +117,7 @@ def test_a_checkpoint_of_a_later_version_is_neither_damaged_nor_passed_over(run)
     marker = run_dir / "checkpoints" / "step-8" / MARKER
     content = json.loads(marker.read_text())
     content["state"]["of_tomorrow"] = 1
-    marker.write_text(json.dumps(content))
+    marker.write_text(json.dumps(sealed(content)))
     with pytest.raises(ConfigError, match=r"step-8 was written by a later version of this code .* has of_tomorrow"):
         train(run)
     assert names(run_dir) == ["step-2", "step-4", "step-6", "step-8"]
@@ -142,6 +152,23 @@ def test_of_damaged_checkpoints_the_newest_stays_and_the_log_says_so(run, capsys
     train(run)
     assert names(run_dir) == ["step-2", "step-4", "step-5", "step-8.damaged"]
     assert f"deleted {run_dir / 'checkpoints' / 'step-6.damaged'}: of damaged" in capsys.readouterr().out
+
+
+def test_what_is_a_link_elsewhere_is_deleted_there_and_one_failure_keeps_no_other(run, tmp_path, monkeypatch):
+    checkpoints, deleted = Path(run.run.dir) / "checkpoints", shutil.rmtree
+    (checkpoints / "step-2").rename(tmp_path / "elsewhere")
+    (checkpoints / "step-2").symlink_to(tmp_path / "elsewhere")
+
+    def fails(path):
+        if path.name == "step-4":
+            raise OSError(13, "Permission denied", str(path))
+        deleted(path)
+
+    monkeypatch.setattr(shutil, "rmtree", fails)
+    with pytest.raises(OSError, match="step-4"):
+        prune(Path(run.run.dir), keep=1)
+    assert names(run.run.dir) == ["step-4", "step-8"]
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_kill_inside_a_deletion_leaves_no_half_checkpoint(run, monkeypatch):

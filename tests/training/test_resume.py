@@ -1,10 +1,16 @@
-"""training/resume.py: the command that continues a run (the choice of a checkpoint: test_checkpoint.py)."""
+"""training/resume.py: a run and its own checkpoints; the command that continues it (damage: test_checkpoint.py)."""
 
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
-from training.resume import continue_command
+from models.config import ConfigError
+from tests.training.runs import short, untimed
+from training.checkpoint import find_checkpoints, read_marker
+from training.resume import choose_checkpoint, continue_command
+from training.trainer import train
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "first", "RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_NODE": "4"}
@@ -50,3 +56,35 @@ def test_the_command_that_continues_starts_all_ranks(environment, command, monke
     assert continue_command(at_stop=True) == command.replace("PYTHON", "/elsewhere/PYTHON")
     unchanged = command.replace("training.stop_at=null", "training.stop_at=10")
     assert continue_command(at_stop=False) == unchanged.replace("PYTHON", "/elsewhere/PYTHON"), "after a signal"
+
+
+@pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-6"])
+def test_checkpoints_that_lie_elsewhere_by_a_link_are_the_runs_own(linked, run, saved, tmp_path):
+    run_dir = Path(run.run.dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step-8")
+    (run_dir / linked).rename(tmp_path / "elsewhere" if linked == "checkpoints" else tmp_path / "step-6")
+    (run_dir / linked).symlink_to(tmp_path / ("elsewhere" if linked == "checkpoints" else "step-6"))
+    train(run)
+    assert untimed(run_dir) == untimed(saved)
+    assert read_marker(find_checkpoints(run_dir)[-1]).state.begun_from is None
+
+
+def test_a_run_that_began_with_other_weights_does_not_begin_again_with_new_ones(saved, shards, tmp_path):
+    other = str(saved / "checkpoints" / "step-4")
+    config = short(shards, tmp_path / "run", resume=other)
+    train(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before its first
+    config.checkpoint.resume = "auto"
+    with pytest.raises(ConfigError, match=rf"whose run began with {other}: give checkpoint\.resume={other} again"):
+        choose_checkpoint(config)
+    config.checkpoint.resume = other
+    assert choose_checkpoint(config) == Path(other)
+
+
+@pytest.mark.parametrize("content", ["", "a: [", "- 1"])
+def test_a_damaged_configuration_of_a_run_without_checkpoints_gets_one_sentence(content, run):
+    run_dir = Path(run.run.dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "config.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml is damaged, and there is no checkpoint"):
+        choose_checkpoint(run)

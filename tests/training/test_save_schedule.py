@@ -96,3 +96,10 @@ def test_the_steps_of_a_write_are_rounded_up_and_one_more():
     assert steps_of_write(12.1, 100, 50.0) == 26
     assert steps_of_write(0.0, 100, 50.0) == 1
     assert steps_of_write(12.0, 0, 0.0) == 0, "no step was done beside it"
+
+
+def test_a_write_of_unknown_length_teaches_nothing():
+    schedule = SaveSchedule(100, None, asynchronous=True)
+    for steps in (45, 0, 0, 0, 0):
+        schedule.learn(steps)
+    assert schedule.lead == 50

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import training.storage
 from models.config import ConfigError
-from training.checkpoint import MARKER
+from training.checkpoint import MARKER, sealed
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
 from training.trainer import train
 
@@ -33,7 +33,7 @@ def resealed(path):
     for name in content["bytes"]:
         content["bytes"][name] = (path / name).stat().st_size
         content["sha256"][name] = training.storage.checksum(path / name)
-    (path / MARKER).write_text(json.dumps(content))
+    (path / MARKER).write_text(json.dumps(sealed(content)))
 
 
 def crafted_metadata(path, target):
