@@ -21,7 +21,7 @@ from data.shards import TOKENIZER_NAME, DataError
 
 KNOWN_EOS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 TRAINED_EOS = "<|endoftext|>"
-MIN_VOCAB_SIZE = 257  # the 256 bytes and EOS
+MIN_VOCAB_SIZE, MAX_VOCAB_SIZE = 257, 2**24  # the 256 bytes and EOS; memory is taken for as many as are asked for
 TRAINING_BYTES = 64_000_000  # text a tokenizer is trained on, from the start of the training splits
 
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's byte fallback
@@ -140,14 +140,21 @@ def _from_hub(name: str) -> tuple[Path, Path]:
         return file, file.with_name("tokenizer_config.json")
 
 
+def check_vocab_size(size: int) -> None:
+    """Raise `DataError` for a number of ids that no tokenizer can be trained to."""
+    if size < MIN_VOCAB_SIZE:
+        raise DataError(f"tokenizer_vocab_size={size} is too small: use at least {MIN_VOCAB_SIZE}.")
+    if size > MAX_VOCAB_SIZE:
+        raise DataError(f"tokenizer_vocab_size={size} is too large: use at most {MAX_VOCAB_SIZE:,}.")
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> TextTokenizer:
     """A byte-level BPE of `vocab_size` ids, EOS `<|endoftext|>` among them, trained on all `texts` (`first_texts`).
 
     The same texts give the same file. Raises `DataError` when `vocab_size` is too small for the bytes or too large for
     the texts.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
-        raise DataError(f"tokenizer_vocab_size={vocab_size} is too small: use at least {MIN_VOCAB_SIZE}.")
+    check_vocab_size(vocab_size)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -14,7 +14,7 @@ from pathlib import Path
 from data.readers import Broken
 from data.shards import DTYPES, TOKENIZER_NAME, DataError, Manifest, dtype_for, write_atomically
 from data.sources import Split, TokenFile
-from data.tokenize import MIN_VOCAB_SIZE, TRAINING_BYTES, TextTokenizer, first_texts, train_tokenizer
+from data.tokenize import TRAINING_BYTES, TextTokenizer, check_vocab_size, first_texts, train_tokenizer
 
 TRAIN_TOKENIZER = "train"  # the value of `tokenizer` that asks for a new one
 
@@ -33,8 +33,7 @@ class TokenizerRequest:
             return
         if self.eos_token is not None:
             raise DataError(f"eos_token={self.eos_token} cannot be used with tokenizer=train, which brings its own.")
-        if self.vocab_size < MIN_VOCAB_SIZE:
-            raise DataError(f"tokenizer_vocab_size={self.vocab_size} is too small: use at least {MIN_VOCAB_SIZE}.")
+        check_vocab_size(self.vocab_size)
 
     @property
     def trained(self) -> bool:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from models.config import ConfigError
 from scripts.training_benchmark.process import StepsFailed, run_steps
+from training.compose import plan
 from training.metrics import Record, read_metrics
 
 LINES = 10  # steps of the printed table, about
@@ -38,14 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
         print("error: --steps, --gpus-a and --gpus-b must be positive: use for example --steps 50.", file=sys.stderr)
         return 2
+    sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
+    both = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides]
+    try:
+        for _, own, _ in sides:
+            plan([*both, *own])  # before the first run takes its time
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     runs = []
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
-        for name, own, gpus in (("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)):
-            overrides = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides, *own]
+        for name, own, gpus in sides:
             try:  # one step more than is compared: a run is left at the end of a step, before it is logged
-                run_steps(overrides, gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
+                run_steps([*both, *own], gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
             except StepsFailed as failed:
-                print(f"{failed.output}\nerror: run {name} failed: {failed}", file=sys.stderr)
+                said = "" if str(failed).startswith("error:") else f"{failed.output}\n"  # all that there was to say
+                print(f"{said}error: run {name} failed: {failed}", file=sys.stderr)
                 return 2
             runs.append(read_metrics(Path(folder) / name / "run" / "metrics.jsonl"))
     pairs = common(*runs)

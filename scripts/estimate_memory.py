@@ -86,7 +86,7 @@ def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: f
 def _capacity(device_gb: float | None) -> float:
     if device_gb is None and not torch.cuda.is_available():
         raise ConfigError("--device-gb is needed where no GPU is visible: give the memory of one, such as 141 (H200).")
-    if device_gb is not None and device_gb <= 0:
+    if device_gb is not None and not 0 < device_gb < math.inf:
         raise ConfigError(f"--device-gb {device_gb:g} cannot be used: give the memory of a GPU, such as 141 (H200).")
     return device_gb * 1e9 if device_gb else float(torch.cuda.get_device_properties(0).total_memory)
 

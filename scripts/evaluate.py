@@ -64,6 +64,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
         raise ConfigError("--device cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json} cannot be written: {options.json.parent} does not exist.")
+    if options.data is not None and "://" not in options.data and not Path(options.data).is_dir():
+        raise ConfigError(f"--data {options.data} is no folder: name a prepared shards directory.")
     checkpoint = newest(options.checkpoint)
     state = verify(checkpoint).state
     config = config_of_checkpoint(checkpoint, state.config)

@@ -129,9 +129,12 @@ def read_marker(path: Path, key: str = "") -> Marker:
         state, sizes, checksums = dict(content["state"]), dict(content["bytes"]), dict(content["sha256"])
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
-            f"{named} is no whole checkpoint (it has no {MARKER}): give a folder {FOLDER}/step-N."
+            f"{named} is no whole checkpoint (it {f'has no {MARKER}' if path.is_dir() else 'is no folder'}): give a "
+            f"folder {FOLDER}/step-N."
         ) from None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise ConfigError(f"{named} is damaged ({MARKER} has no {error}): use another checkpoint.") from error
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{named} is damaged ({MARKER} cannot be read: {error}): use another checkpoint.") from error
     if content.get(CHECKSUM) != sealed(content)[CHECKSUM]:
         raise ConfigError(f"{named} is damaged ({MARKER} is not what was saved): use another checkpoint.")

@@ -18,6 +18,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 PACKING = ("none", "best_fit")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
+LARGEST_STEPS, LONGEST_TIMEOUT = 10**9, 1e9  # the latter about what a lock can wait, in seconds
 LARGEST_WINDOW = 100_000  # steps: each step looks at all of them, on the device
 # Far beyond what can be trained: a slip, refused before anything is estimated, listed or allocated for it.
 LARGEST_BATCH, LARGEST_MICRO_BATCH, MOST_WORKERS = 2**20, 2**24, 256  # instances; tokens; threads
@@ -96,7 +97,10 @@ class DataConfig:
         require(1 <= length <= largest, "data.sequence_length", length, f"use 1 to {largest:,} tokens")
         require(self.packing in PACKING, "data.packing", self.packing, choices(PACKING))
         require(1 <= self.workers <= MOST_WORKERS, "data.workers", self.workers, f"use 1 to {MOST_WORKERS} threads")
-        require(0 < self.timeout < math.inf, "data.timeout", self.timeout, "use a positive number of seconds")
+        most = LONGEST_TIMEOUT
+        require(
+            0 < self.timeout <= most, "data.timeout", self.timeout, f"use more than 0 and at most {most:.0e} seconds"
+        )
 
 
 @dataclass
@@ -121,6 +125,8 @@ class TrainingConfig:
         """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             require(getattr(self, name) >= 1, f"training.{name}", getattr(self, name), "use a positive integer")
+        steps, largest = self.steps, LARGEST_STEPS
+        require(steps <= largest, "training.steps", steps, f"use at most {largest:,}")
         batch, largest = self.global_batch_size, LARGEST_BATCH
         require(batch <= largest, "training.global_batch_size", batch, f"use at most {largest:,} instances")
         require(0 <= self.seed < 2**63, "training.seed", self.seed, "use 0 or a positive integer below 2^63")

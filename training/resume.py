@@ -109,6 +109,11 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     if path is not None:
         saved = read_marker(path).state
         check_resumable(saved.config, config, path)
+        if saved.step > config.training.steps:
+            raise ConfigError(
+                f"training.steps={config.training.steps} lies before step {saved.step}, which {path} has come to: use "
+                "that or more, or another run.name."
+            )
         stream = open_stream(config)
         if DATA not in config.checkpoint.allow_changes:
             check_same_data(saved.data, saved.sources, stream, path)

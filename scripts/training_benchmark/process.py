@@ -62,5 +62,5 @@ def reason(stderr: str, status: int) -> str:
     for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
         for line in reversed(lines):
             if word in line:
-                return line[:300]
+                return line if line.startswith("error:") else line[:300]  # a sentence of ours is whole
     return f"exit status {status}"

@@ -35,7 +35,9 @@ def test_training_gives_the_same_file_each_time_with_exactly_the_size_asked_for(
     assert Tokenizer.from_str(first.content.decode()).decode(first.encode([texts[3]])[0]) == texts[3]
 
 
-@pytest.mark.parametrize(("size", "sentence"), [(256, "too small"), (100_000, "too large")])
+@pytest.mark.parametrize(
+    ("size", "sentence"), [(256, "too small"), (100_000, "too large"), (10**9, "too large: use at most 16,777,216")]
+)
 def test_an_impossible_vocabulary_is_refused(texts: list[str], size: int, sentence: str) -> None:
     with pytest.raises(DataError, match=rf"tokenizer_vocab_size={size} is {sentence}"):
         train_tokenizer(texts, size)

@@ -35,6 +35,7 @@ def test_a_configuration_that_fits_and_one_that_does_not(capsys):
         (["model=moda_7m", "--device-gb", "80"], "did you mean model=moda_700m"),
         (["model=moda_tiny", "--device-gb", "80"], "model.vocab_size=null is known with the data only"),
         (["model=moda_700m", "--device-gb", "0"], "--device-gb 0 cannot be used"),
+        (["model=moda_700m", "--device-gb", "inf"], "--device-gb inf cannot be used"),
         (["model=moda_700m", "--device-gb", "80", "--gpus", "0"], "--gpus 0 cannot be used"),
         (["model=moda_700m", "--device-gb", "80", "--gpus", "3"], "is not divisible by"),
     ],

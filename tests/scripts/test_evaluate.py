@@ -42,7 +42,7 @@ def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, ca
     ("arguments", "words"),
     [
         (["/nowhere"], "/nowhere is no whole checkpoint"),
-        (["{run}", "--data", "/nowhere"], "/nowhere has no validation domains"),
+        (["{run}", "--data", "/nowhere"], "--data /nowhere is no folder"),
         (["{run}", "--data", "{other}"], "has another tokenizer"),
         (["{run}", "--instances", "-3"], "--instances -3"),
         (["{run}", "--micro-batch-size", "0"], "--micro-batch-size 0"),

@@ -81,6 +81,12 @@ def test_a_run_that_began_with_other_weights_does_not_begin_again_with_new_ones(
     assert choose_checkpoint(config) == Path(other)
 
 
+def test_fewer_steps_than_are_done_are_refused(run):
+    run.training.steps, run.checkpoint.allow_changes = 5, ["training.steps"]
+    with pytest.raises(ConfigError, match=r"training\.steps=5 lies before step 8, which .*step-8 has come to"):
+        choose_checkpoint(run)
+
+
 @pytest.mark.parametrize("content", ["", "a: [", "- 1"])
 def test_a_damaged_configuration_of_a_run_without_checkpoints_gets_one_sentence(content, run):
     run_dir = Path(run.run.dir)
