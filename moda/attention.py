@@ -6,6 +6,7 @@ request. Arguments are checked here; the arithmetic is a backend's (`moda.joined
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Literal, overload
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from moda import operators
 from moda.backends import choose_backend, reasons_against
+from moda.first_order import refuse_tangents
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 @overload
@@ -80,12 +84,14 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist or cannot do this.
-        TypeError: an argument is no tensor.
+        TypeError: an argument is no tensor, scale no number, or backend no string.
+        RuntimeError: an input carries a tangent: there are no forward-mode derivatives.
     """
     check_sequence(q, k, v, cu_seqlens)
     _check_depth(q, k, depth_k, depth_v)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = operators.attention(q, k, v, depth_k, depth_v, scale, cu_seqlens, backend)
+    check_backend(backend)
+    refuse_tangents(q, k, v, depth_k, depth_v)
+    out, lse = operators.attention(q, k, v, depth_k, depth_v, scale_of(q, scale), cu_seqlens, backend)
     return (out, lse.detach().float()) if return_lse else out
 
 
@@ -105,14 +111,21 @@ def explain(
     """
     check_sequence(q, k, v, cu_seqlens)
     _check_depth(q, k, depth_k, depth_v)
+    check_backend(backend)
+    operators.check_documents(q, cu_seqlens)
     chosen = choose_backend(backend, q, k, cu_seqlens)
     lines = [f"{chosen.__name__.rpartition('.')[2]}: {chosen.explain(q, k, cu_seqlens)}"]
     return "\n".join(lines + (reasons_against(q, k, cu_seqlens) if backend == "auto" else []))
 
 
 def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError, with the shapes in it, unless q, k, v and cu_seqlens fit together; TypeError for no tensors."""
-    _check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    """Raise ValueError, with the shapes in it, unless q, k, v and cu_seqlens fit together; TypeError for no tensors.
+
+    The values of cu_seqlens are left to `operators.check_documents`.
+    """
+    check_tensors(q=q, k=k, v=v)
+    if cu_seqlens is not None:
+        check_tensors(cu_seqlens=cu_seqlens)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4:
         raise ValueError(f"q, k and v must have the axes [batch, time, heads, head_dim], got {shapes}.")
@@ -126,7 +139,9 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
         raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}.")
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point()):
+    if cu_seqlens is not None and (
+        cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in _INTEGERS
+    ):
         raise ValueError(
             "cu_seqlens must hold integers [documents + 1] from 0 to batch * time, "
             f"got shape {tuple(cu_seqlens.shape)}, dtype {cu_seqlens.dtype}."
@@ -135,25 +150,38 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
         raise ValueError(f"cu_seqlens needs as many queries as keys, got {shapes}.")
     if cu_seqlens is not None and cu_seqlens.device != q.device:
         raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}.")
-    if cu_seqlens is not None and not cu_seqlens.is_cuda and not torch.compiler.is_compiling():
-        # Not on a GPU: reading values there would stall its queue.
-        ends = cu_seqlens.tolist()
-        if ends[0] != 0 or ends[-1] != q.shape[0] * q.shape[1] or sorted(ends) != ends:
-            raise ValueError(f"cu_seqlens must rise from 0 to batch * time = {q.shape[0] * q.shape[1]}, got {ends}.")
 
 
-def _check_tensors(**arguments: object) -> None:
+def check_tensors(**arguments: object) -> None:
+    """Raise TypeError, with the argument's name in it, for what is no tensor."""
     for name, argument in arguments.items():
-        if argument is not None and not isinstance(argument, Tensor):
+        if not isinstance(argument, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}: convert it with torch.as_tensor.")
 
 
+def check_backend(backend: object) -> None:
+    """Raise TypeError unless backend is a string: the operator's own error would speak of schemas."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a name such as 'auto', got {type(backend).__name__}.")
+
+
+def scale_of(q: Tensor, scale: float | None) -> float:
+    """The factor of the scores, head_dim ** -0.5 for None. Raises TypeError for what is no real number."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    if not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt, Real)):
+        raise TypeError(
+            f"scale must be a number, as it gets no gradient, got {type(scale).__name__}: to learn a scale, multiply q."
+        )
+    return scale
+
+
 def _check_depth(q: Tensor, k: Tensor, depth_k: Tensor | None, depth_v: Tensor | None) -> None:
-    _check_tensors(depth_k=depth_k, depth_v=depth_v)
     if depth_k is None or depth_v is None:
         if depth_k is not depth_v:
             raise ValueError("depth_k and depth_v are given together or not at all.")
         return
+    check_tensors(depth_k=depth_k, depth_v=depth_v)
     if depth_k.dim() != 5 or depth_k.shape != depth_v.shape or depth_k.shape[1:] != (*q.shape[:2], *k.shape[2:]):
         raise ValueError(
             "depth_k and depth_v must both be [slots, batch, time, kv_heads, head_dim], with batch and time of q and "

@@ -15,7 +15,8 @@ under the number of autograd's graph task, unseen by any other (nested, interrup
 
 The lease belongs to the graph: to autograd's node of `start`, which every handle reaches. A backward pass that goes all
 the way to it and does not retain the graph empties it; else it is freed with the graph. The caching allocator is the
-pool that the next pass takes it from. Without gradients, nothing but slots is kept, until `finish`.
+pool that the next pass takes it from. Without gradients, nothing but slots is kept, until `finish`, or until the
+next `start` finds that nobody has the pass's newest handle any more: an exception has ended it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ import itertools
 import math
 import weakref
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda import reference
-from moda.attention import check_sequence
+from moda.attention import check_backend, check_sequence, check_tensors, scale_of
 from moda.backends import choose_backend
 from moda.first_order import first_order
+from moda.operators import check_documents
 from moda.readers import Gradients, Readers, Way
 
 
@@ -44,6 +48,7 @@ class _Lease:
     keys: Tensor | None  # [slots, batch, time, kv_heads, head_dim]
     values: Tensor | None
     operations: int = 0  # writes and reads of the forward pass so far
+    newest: StorageWeakRef | None = None  # what that handle and its aliases share
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
     query_heads: int | None = None  # of the layers that read slots
@@ -111,7 +116,14 @@ def _in_backward() -> bool:
 def _next_handle(handle: Tensor, lease: _Lease) -> Tensor:
     operations = handle.shape[1] + 1
     lease.operations = max(lease.operations, operations)  # a recomputation goes through the numbers again
-    return handle.new_empty(lease.number, operations, 0)
+    return _newest(handle.new_empty(lease.number, operations, 0), lease)
+
+
+def _newest(handle: Tensor, lease: _Lease) -> Tensor:
+    """The handle, noted as the newest of a pass that nothing else keeps alive."""
+    if not lease.records_grad:
+        lease.newest = StorageWeakRef(handle.untyped_storage())
+    return handle
 
 
 def _without_view(storage: Tensor, index: int) -> Tensor:
@@ -174,6 +186,8 @@ class DepthStream:
             "head_dim": head_dim,
             "slots_per_layer": slots_per_layer,
         }
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype!r} cannot hold keys and values: use a floating dtype.")
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}={size} cannot make a depth stream: use a positive integer.")
@@ -212,15 +226,18 @@ class DepthStream:
     @torch.compiler.disable
     def start(self) -> Tensor:
         """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it)."""
+        for lost in [n for n, lease in self._without_grad.copy().items() if lease.newest and lease.newest.expired()]:
+            self._without_grad.pop(lost, None)
         number = next(_numbers)
         shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
         lease = _Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
         self._leases[number] = _leases[number] = lease
+        anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
+        handle = _Start.apply(anchor, lease)
         if not lease.records_grad:
             self._without_grad[number] = lease
-        anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
-        return _Start.apply(anchor, lease)
+        return handle
 
     @torch.compiler.disable
     def place(self, handle: Tensor, layer: int, slot: int) -> Tensor:
@@ -241,9 +258,10 @@ class DepthStream:
         values last until a backward pass has gone by that does not retain the graph), and the next handle. Their
         backward returns the gradients that reach them by the sequence and by every layer that has read the slot.
 
-        Raises ValueError for shapes, dtypes or numbers that do not fit the stream, RuntimeError for a handle that is
-        not the newest of its pass or a slot that is written already.
+        Raises ValueError for shapes, dtypes or numbers that do not fit the stream, TypeError for what is no tensor or
+        no integer, RuntimeError for a handle that is not the newest of its pass or a slot that is written already.
         """
+        check_tensors(k=k, v=v)
         lease = self._lease(handle)
         self._check_place(layer, slot)
         index = layer * self.slots_per_layer + slot
@@ -275,11 +293,14 @@ class DepthStream:
         k, v may be longer than the slots, with the tokens before these at their front (a key-value cache): slots are of
         the queries' own tokens and need none.
 
-        Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError for arguments
-        that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one layer, or a
-        slot that was never written.
+        Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError or TypeError for
+        arguments that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one
+        layer, or a slot that was never written.
         """
         check_sequence(q, k, v, cu_seqlens)
+        check_documents(q, cu_seqlens)
+        check_backend(backend)
+        scale = scale_of(q, scale)
         lease = self._lease(handle)
         self._check_place(layer, 0)
         if layer in lease.read and not _in_backward():
@@ -301,7 +322,6 @@ class DepthStream:
                     "that have read slots before it in this pass."
                 )
         operations = choose_backend(backend, q, k, cu_seqlens)
-        scale = q.shape[-1] ** -0.5 if scale is None else scale
         return _Attend.apply(handle, q, k, v, self, lease, layer, scale, cu_seqlens, operations)
 
     @torch.compiler.disable
@@ -310,11 +330,14 @@ class DepthStream:
 
         Every write's backward then runs, and a write that nobody reads gives its producers zeros, not no gradient.
         """
+        check_tensors(x=x)
         lease = self._lease(handle)
         self._without_grad.pop(lease.number, None)
         return _Finish.apply(handle, x)
 
     def _check_place(self, layer: int, slot: int) -> None:
+        if not isinstance(layer, (int, Integral)) or not isinstance(slot, (int, Integral)):
+            raise TypeError(f"layer={layer!r} and slot={slot!r} must be integers.")
         if not 0 <= layer < self.num_layers or not 0 <= slot < self.slots_per_layer:
             raise ValueError(
                 f"layer={layer}, slot={slot} is outside the stream: it has {self.num_layers} layers "
@@ -322,7 +345,11 @@ class DepthStream:
             )
 
     def _lease(self, handle: Tensor) -> _Lease:
-        lease = self._leases.get(handle.shape[0])
+        if not isinstance(handle, Tensor):
+            raise TypeError(
+                f"handle must be what start() or the operation before has returned, got {type(handle).__name__}."
+            )
+        lease = self._leases.get(handle.shape[0]) if handle.dim() == 3 else None
         if lease is None:
             raise RuntimeError(
                 "This handle belongs to another stream, or to a pass that has ended: call start() for a new one."
@@ -365,7 +392,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, lease):
         ctx.lease = lease
-        return anchor.new_empty(anchor.shape)
+        return _newest(anchor.new_empty(anchor.shape), lease)
 
     @staticmethod
     @first_order

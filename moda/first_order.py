@@ -1,4 +1,4 @@
-"""Refuses second derivatives, which the backward formulas of this package do not have."""
+"""Refuses second derivatives and forward-mode ones, which the formulas of this package do not have."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -23,3 +26,18 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(*arguments)
 
     return checked
+
+
+def refuse_tangents(*inputs: Tensor | None) -> None:
+    """Raise RuntimeError if an input carries a tangent: a registered operator would drop it without a word."""
+    # Without an open level of forward mode, as almost always, nothing is asked of the tensors.
+    if forward_ad._current_level >= 0 and any(x is not None and _has_tangent(x) for x in inputs):
+        raise RuntimeError(
+            "moda has no forward-mode derivatives: take this one in reverse mode, with backward() or torch.autograd."
+        )
+
+
+def _has_tangent(x: Tensor) -> bool:
+    while _functorch.is_batchedtensor(x):  # of vmap, which cannot unpack
+        x = _functorch.get_unwrapped(x)
+    return forward_ad.unpack_dual(x).tangent is not None

@@ -28,6 +28,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [batch, time, query_heads, head_dim], contiguous, and lse [batch, time, query_heads] in memory
     [batch, query_heads, time], in `_lse_dtype`."""
+    check_documents(q, cu_seqlens)  # here, as code compiled around the call has no values before it runs
     operations = choose_backend(backend, q, k, cu_seqlens)
     out, lse = operations.joint_forward(q, k, v, _slots(depth_k, depth_v), scale, cu_seqlens)
     lse = lse.to(_lse_dtype(q)).transpose(1, 2).contiguous().transpose(1, 2)
@@ -92,6 +93,15 @@ def _backward(ctx, do, _):
 
 
 attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+def check_documents(q: Tensor, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless cu_seqlens rises from 0 to the tokens of q; a GPU's is not read, to stall no queue."""
+    if cu_seqlens is None or cu_seqlens.device.type != "cpu":
+        return
+    ends, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
+    if ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
+        raise ValueError(f"cu_seqlens must rise from 0 to batch * time = {tokens}, got {ends}.")
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -111,6 +112,46 @@ def test_second_derivatives_are_refused_instead_of_wrong():
             torch.autograd.grad(loss, inputs[:1], create_graph=True, retain_graph=True)
 
 
+def dual(function, primals, tangents):
+    with torch.autograd.forward_ad.dual_level():
+        return function(*(torch.autograd.forward_ad.make_dual(*pair) for pair in zip(primals, tangents, strict=True)))
+
+
+def batched(function, primals, tangents):
+    return torch.func.jvp(torch.func.vmap(function), *(tuple(x[None] for x in xs) for xs in (primals, tangents)))
+
+
+@pytest.mark.parametrize("way", [torch.func.jvp, dual, batched])
+@pytest.mark.parametrize("argument", range(5))
+def test_forward_mode_derivatives_are_refused_instead_of_zero(argument, way):
+    inputs = [x.detach() for x in random_case(1, 4, 1, 1, 16, 1)]
+    x = inputs[argument]
+
+    def call(x):
+        return moda.attention(*inputs[:argument], x, *inputs[argument + 1 :])
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        way(call, (x,), (torch.ones_like(x),))
+
+
+def test_forward_mode_past_attention_and_jacfwd():
+    q, k, v, *_ = (x.detach() for x in random_case(1, 4, 1, 1, 16, 0))
+    out = moda.attention(q, k, v)
+    _, tangent = torch.func.jvp(lambda x: x * moda.attention(q, k, v), (q,), (torch.ones_like(q),))
+    assert torch.equal(tangent, out)
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.func.jacfwd(lambda x: moda.attention(x, k, v))(q)
+
+
+def test_compiled_attention_refuses_forward_mode_only():
+    q, k, v, *_ = (x.detach() for x in random_case(1, 4, 1, 1, 16, 0))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: moda.attention(x, k, v), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q), moda.attention(q, k, v))
+    with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+        torch.compile(lambda x: torch.func.jvp(lambda y: moda.attention(y, k, v), (x,), (x,)), backend="aot_eager")(q)
+
+
 def tensor(*shape, dtype=torch.float32):
     return torch.zeros(shape, dtype=dtype)
 
@@ -134,7 +175,9 @@ def tensor(*shape, dtype=torch.float32):
         ([tensor(1, 4, 2, 8)] * 3, {"backend": "fast"}, "backend='fast'"),
         ([tensor(1, 4, 2, 8)] * 3, {"backend": "joined"}, "needs a CUDA device"),
         ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 3])}, r"batch \* time = 4"),
+        ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0, 9, 4])}, r"batch \* time = 4, got \[0, 9, 4\]"),
         ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0.0, 4.0])}, "integers"),
+        ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.tensor([0j, 4j])}, "integers"),
         ([tensor(1, 0, 2, 8)] * 3, {}, "no axis empty"),
         ([tensor(1, 4, 2, 8)] * 3, {"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")}, "device of q"),
     ],
@@ -142,6 +185,49 @@ def tensor(*shape, dtype=torch.float32):
 def test_arguments_that_do_not_fit_get_one_sentence(arguments, options, words):
     with pytest.raises(ValueError, match=words):
         moda.attention(*arguments, **options)
+    if "backend" not in options:
+        with pytest.raises(ValueError, match=words):
+            moda.explain(*arguments, **options)
+
+
+@pytest.mark.parametrize("ends", [[0, 5, 15], [0, 99, 16]])
+def test_compiled_attention_refuses_documents_that_do_not_fit(ends):
+    torch._dynamo.reset()
+    compiled = torch.compile(moda.attention, backend="aot_eager", fullgraph=True)
+    with pytest.raises(ValueError, match=r"^cu_seqlens must rise from 0 to batch \* time = 16, got"):
+        compiled(*[tensor(2, 8, 2, 8)] * 3, cu_seqlens=torch.tensor(ends))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"scale": torch.tensor(0.5, requires_grad=True)}, "^scale must be a number, .* got Tensor: .* multiply q"),
+        ({"scale": "a"}, "^scale must be a number, .* got str"),
+        ({"scale": 1j}, "^scale must be a number, .* got complex"),
+        ({"backend": None}, "^backend must be a name such as 'auto', got NoneType"),
+        ({"backend": ["auto"]}, "^backend must be a name such as 'auto', got list"),
+    ],
+)
+def test_options_of_another_type_get_one_sentence(options, words):
+    q = tensor(1, 4, 2, 8)
+    stream = moda.DepthStream(1, 1, 4, 2, 8, slots_per_layer=1, dtype=q.dtype, device="cpu")
+    calls = [lambda: moda.attention(q, q, q, **options), lambda: stream.attend(stream.start(), 0, q, q, q, **options)]
+    for call in calls:
+        with pytest.raises(TypeError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("scale", [1, numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1)], ids=repr)
+def test_a_scale_is_any_real_number(scale):
+    inputs = random_case(1, 6, 1, 1, 16, 2)
+    assert torch.equal(moda.attention(*inputs, scale=scale), moda.attention(*inputs, scale=float(scale)))
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_none_for_a_sequence_gets_one_sentence(name):
+    arguments = dict.fromkeys("qkv", tensor(1, 4, 2, 8)) | {name: None}
+    with pytest.raises(TypeError, match=rf"^{name} must be a tensor, got NoneType"):
+        moda.attention(**arguments)
 
 
 @pytest.mark.parametrize("name", ["q", "depth_v", "cu_seqlens"])

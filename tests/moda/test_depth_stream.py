@@ -213,6 +213,39 @@ def test_without_gradients_only_slots_are_kept_and_finish_frees_them():
     assert stream.nbytes == 0
 
 
+def test_a_pass_that_an_exception_has_ended_goes_with_the_next_start():
+    stack, x = Stack(), random_input()
+    stream = stack.stream(x)
+
+    def fail(block, x, handle, stream, layer):
+        if layer == 2:
+            raise InterruptedError
+        return block(x, handle, stream, layer)
+
+    held = []
+    with torch.no_grad():
+        for _ in range(3):
+            with pytest.raises(InterruptedError):
+                stack(x, stream, call=fail)
+            gc.collect()  # the exception had the handle
+            held.append(stream.nbytes)
+        assert len(set(held)) == 1
+        stack(x, stream)
+    assert stream.nbytes == 0
+
+
+def test_a_start_ends_no_pass_whose_handle_is_in_use():
+    stack, x = Stack(), random_input()
+    stream = stack.stream(x)
+
+    def call(block, x, handle, stream, layer):
+        stream.start()
+        return block(x, handle.detach(), stream, layer)
+
+    with torch.no_grad():
+        torch.testing.assert_close(stack(x, stream, call=call), stack.definition(x))
+
+
 def test_scale_and_documents_reach_forward_and_both_backwards():
     stack, x = Stack(), random_input(batch=2, time=7)
     options = {"scale": 0.7, "cu_seqlens": torch.tensor([0, 3, 7, 8, 14])}
@@ -359,18 +392,38 @@ def test_writes_that_do_not_fit_get_one_sentence(layer, slot, k, v, words):
 
 
 @pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda stream, handle: stream.write(handle, 0, 0, None, SLOT), TypeError, "^k must be a tensor, got NoneType"),
+        (lambda stream, handle: stream.write(handle, 0.5, 0, SLOT, SLOT), TypeError, r"^layer=0\.5 and slot=0 must be"),
+        (lambda stream, handle: stream.place(handle, 0, "a"), TypeError, "^layer=0 and slot='a' must be integers"),
+        (lambda stream, handle: stream.attend(handle, None, *[SLOT] * 3), TypeError, "^layer=None and slot=0"),
+        (lambda stream, handle: stream.finish(handle, None), TypeError, "^x must be a tensor, got NoneType"),
+        (lambda stream, handle: stream.finish(None, SLOT), TypeError, "^handle must be what start.* got NoneType"),
+        (lambda stream, handle: stream.finish(torch.tensor(3), SLOT), RuntimeError, "^This handle belongs to another"),
+    ],
+)
+def test_arguments_of_another_type_get_one_sentence(call, error, words):
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
+    with pytest.raises(error, match=words):
+        call(stream, stream.start())
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"num_layers": 0}, "num_layers=0"),
         ({"slots_per_layer": 0}, "slots_per_layer=0"),
         ({"recent_layers": 0}, "recent_layers=0"),
         ({"first_layers": -1}, "first_layers=-1"),
+        ({"dtype": torch.int32}, r"dtype=torch\.int32"),
+        ({"dtype": None}, "dtype=None"),
     ],
 )
 def test_a_stream_that_cannot_be_made_names_the_argument(change, words):
     arguments = {"num_layers": 3, "batch": 1, "time": 4, "num_kv_heads": 2, "head_dim": 8, "slots_per_layer": 1}
     with pytest.raises(ValueError, match=words):
-        moda.DepthStream(**{**arguments, **change}, dtype=torch.float32, device="cpu")
+        moda.DepthStream(**{**arguments, "dtype": torch.float32, **change}, device="cpu")
 
 
 def test_layers_of_a_pass_have_one_number_of_query_heads():
