@@ -111,9 +111,11 @@ class Watchdog(Watch):
             if error is None or self._all_end():
                 return
             self._end_with(str(error))
-            return
-        self._await_verdict(error)
-        self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+        else:
+            self._await_verdict(error)
+            self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+        if self._factor and self._store is not None:
+            self._let_others_read()
 
     def mark(self, place: str, *, first: bool = False) -> None:
         """As `Watch.mark`."""
@@ -154,6 +156,8 @@ class Watchdog(Watch):
             while ending < self._world.size and time.monotonic() < end:
                 time.sleep(0.05)
                 ending = self._store.add("ending", 0)
+            if self._world.rank == 0:
+                time.sleep(0.2)  # for the others to see it, too: the store may be in this process
             return ending == self._world.size
         return True
 
@@ -258,9 +262,13 @@ class Watchdog(Watch):
             with suppress(OSError):  # standard error may go to a full disk: that keeps no rank from ending
                 sys.stderr.write(text)
                 sys.stderr.flush()
-        if self._world.rank == 0:
-            time.sleep(2 * self._interval)  # the store may be in this process: let the others read the verdict
+        self._let_others_read()
         os._exit(EXIT_STATUS)
+
+    def _let_others_read(self) -> None:
+        """Wait where the store may be in this process, which is about to end."""
+        if self._world.rank == 0:
+            time.sleep(2 * self._interval)
 
 
 def _named(rank: int, beat: Heartbeat) -> str:
