@@ -20,6 +20,8 @@ from data.documents import MicroBatch, micro_batch
 from data.mixture import InstanceStream
 from data.shards import DataError
 
+CLOSING = 5.0  # seconds that all threads together may take to end: other ranks wait for this one meanwhile
+
 
 class BatchLoader:
     """Micro-batches of one rank.
@@ -131,8 +133,9 @@ class BatchLoader:
                 self._tasks.get_nowait()
         for _ in self._threads:
             self._tasks.put(None)
+        end = time.monotonic() + CLOSING
         for thread in self._threads:
-            thread.join(timeout=5.0)
+            thread.join(timeout=max(0.0, end - time.monotonic()))
 
     def _submit(self, read: Callable[[], MicroBatch]) -> Future[MicroBatch]:
         future: Future[MicroBatch] = Future()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.documents import micro_batch
-from data.shards import TokenDataset
+from data.shards import DataError, TokenDataset
 from models.decoder import Decoder
 
 
@@ -51,20 +51,28 @@ class PerplexityEvaluator:
 
     @torch.no_grad()
     def evaluate(
-        self, model: Decoder, device: torch.device, stop: Callable[[], bool] = lambda: False
+        self, model: Decoder, device: torch.device, stop: Callable[[str | None], bool] = lambda failure: False
     ) -> dict[str, float] | None:
         """`validation/DOMAIN/{loss,perplexity,bits_per_byte}` and `validation/mean/loss`, `.../perplexity`.
 
         Ranks compute equally many batches, since a sharded model gathers weights together; all return the result.
-        `stop` is asked before each batch, and must say the same on all ranks: when it is true, the result is None.
+        `stop` is asked before each batch, and must say the same on all ranks: when it is true, the result is None. It
+        is told why this rank cannot read its batches, or None; where that is no reason to stop, `DataError` is raised.
         """
         metrics: dict[str, float] = {}
         losses = []
         for domain, dataset in self.datasets.items():
             total = torch.zeros(2, dtype=torch.float64, device=device)  # nats, targets
             eos_id = dataset.manifest.eos_id if self.document_mask else None
-            for rows in self._batches(dataset):
-                if stop():
+            try:
+                batches = self._batches(dataset)
+            except (DataError, OSError) as error:
+                why = str(error) if isinstance(error, DataError) else f"{dataset.folder} cannot be read ({error})."
+                if stop(why):  # the others are about to ask before their first batch
+                    return None
+                raise DataError(why) from error
+            for rows in batches:
+                if stop(None):
                     return None
                 batch = micro_batch(rows, eos_id, weight=1.0).to(device)
                 count = (batch.targets >= 0).sum()

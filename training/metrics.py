@@ -67,38 +67,60 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have what is written survive a machine that stops; from any thread."""
-        with suppress(OSError):  # records are no reason to go without a checkpoint
+        with suppress(OSError, ValueError):  # records, or a file that is just replaced, are no reason to go without
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; the records are on disk already, but for those that the system still does not take."""
         self._write()
-        self._file.close()
+        if self._unwritten:
+            lost = len(self._unwritten)
+            _warn(
+                f"{self.path} lacks its last records ({lost}), which cannot be written: make room or give access there"
+            )
+        with suppress(OSError):
+            self._file.close()
 
     def _write(self) -> None:
-        """Write what is not written yet. A full disk is a warning: training goes on, the next record tries again."""
+        """Write what is not written yet. A failure is a warning: training goes on, the next record tries again."""
         waiting = len(self._unwritten) > 1
-        size = os.fstat(self._file.fileno()).st_size
-        while self._unwritten:
-            line = self._unwritten[0]
-            try:
+        try:
+            self._put_back()
+            while self._unwritten:
+                self._cut()
+                line = self._unwritten[0]
                 if self._file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                os.ftruncate(self._file.fileno(), size)  # what a disk took of a line before it was full
-                if not waiting:
-                    with suppress(OSError):  # standard error may go to the same disk
-                        print(
-                            f"warning: {self.path} cannot be written ({error.strerror}): its records are kept and "
-                            "tried again with the next",
-                            file=sys.stderr,
-                        )
+                self._size += len(line)
+                self._unwritten.pop(0)
+        except OSError as error:
+            with suppress(OSError):
+                self._cut()
+            if not waiting:
+                reason = error.strerror or error
+                _warn(f"{self.path} cannot be written ({reason}): its records are kept and tried again with the next")
+
+    def _cut(self) -> None:
+        """Remove what a disk took of a line before it was full."""
+        if os.fstat(self._file.fileno()).st_size > self._size:
+            os.ftruncate(self._file.fileno(), self._size)
+
+    def _put_back(self) -> None:
+        """Make the file again where it was removed or moved: what is open still has its records."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno())):
                 return
-            size += len(line)
-            self._unwritten.pop(0)
+        records = os.pread(self._file.fileno(), self._size, 0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, records)
+        lost, self._file = self._file, self._open()
+        lost.close()
+        _warn(f"{self.path} was removed, moved or replaced: it is written again, with all records so far")
 
     def _open(self) -> io.FileIO:
-        return open(self.path, "ab", buffering=0)
+        file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
+        self._size = os.fstat(file.fileno()).st_size  # of whole lines
+        return file
 
     def _end_last_line(self) -> None:
         content = self.path.read_bytes() if self.path.exists() else b""
@@ -134,6 +156,11 @@ def read_metrics(path: str | Path, on_damage: Callable[[str], None] = warnings.w
             record.setdefault("tokens", 0)
             records.append(record)
     return records
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # standard error may go to the same disk
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _to_line(record: Record) -> bytes:

@@ -138,6 +138,7 @@ class Trainer:
         if world.is_main:
             self._open_run_directory()
         self.first_step, self.evaluated = self.state.step + 1, False
+        self.lost: str | None = None  # why validation data could not be read
         watchdog.mark("the start", first=True)
 
     def fit(self) -> None:
@@ -202,13 +203,11 @@ class Trainer:
                 self._keep_bound()
 
     def _check_data(self) -> None:
-        """Raise, on every rank, when one of them could not read its next batch."""
-        failures = [failure for failure in self.world.gather(self.loader.failure) if failure]
+        """Raise, on every rank, when one of them could not read its next batch, or one of an evaluation."""
+        failures = [failure for failure in self.world.gather(self.lost or self.loader.failure) if failure]
         if failures:
-            raise TrainingError(
-                f"{failures[0]} The run has stopped after step {self.state.step}, with a checkpoint: the same command "
-                "continues it."
-            )
+            where = f"after step {step}, with a checkpoint" if (step := self.state.step) else "before its first step"
+            raise TrainingError(f"{failures[0]} The run has stopped {where}: the same command continues it.")
 
     def _step(self, micro_batches: list[MicroBatch]) -> tuple[Tensor, Tensor, float]:
         """One optimizer step. Returns the global mean (cross-entropy, z-loss) [2], the gradient norm, the rate."""
@@ -241,16 +240,17 @@ class Trainer:
         return ready
 
     def _stopping(self, has_data: bool = True) -> bool:
-        """Whether some rank got a signal, which all know from here on, or has no data for its next step."""
-        number = self.world.largest((self.stop.signal or 0) if has_data else NO_DATA)
+        """Whether some rank got a signal, which all know from here on, or has no data for what comes next."""
+        number = self.world.largest((self.stop.signal or 0) if has_data and self.lost is None else NO_DATA)
         if 0 < number < NO_DATA:
             self.stop.signal = signal.Signals(number)
         return number != 0
 
     def _evaluate_and_record(self, values: dict[str, float]) -> None:
-        """Record the values of this step with its validation; one that a signal ends is made at the next start."""
+        """Record the values of this step with its validation; one that is ended is made at the next start."""
 
-        def stopping() -> bool:
+        def stopping(failure: str | None) -> bool:
+            self.lost = failure
             place = f"a batch of the evaluation at step {self.state.step}"
             self.watchdog.mark(place, first=not self.evaluated)
             return self._stopping()

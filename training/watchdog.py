@@ -38,6 +38,7 @@ from training.config import RankError, TrainingError
 from training.distributed import World
 from training.processes import alive, number_space
 
+TOGETHER = 10.0  # seconds after which an error that all ranks agree on has come to all of them
 EXIT_STATUS = 75  # EX_TEMPFAIL: the same command may succeed
 LAPS = 50  # steps that the median is taken over
 FIRST = 4.0  # times as long may take what a process does for the first time: it compiles, and connects devices
@@ -107,9 +108,14 @@ class Watchdog(Watch):
         known = error is None or isinstance(error, ConfigError | DataError | TrainingError)
         if known and not isinstance(error, RankError):
             self._close("")
-            return
-        self._await_verdict(error)
-        self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+            if error is None or self._all_end():
+                return
+            self._end_with(str(error))
+        else:
+            self._await_verdict(error)
+            self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+        if self._factor and self._store is not None:
+            self._let_others_read()
 
     def mark(self, place: str, *, first: bool = False) -> None:
         """As `Watch.mark`."""
@@ -140,11 +146,29 @@ class Watchdog(Watch):
         if self._factor and self._store is not None and of_collective:
             self._closed.wait(self._silence + 4 * self._interval)
 
+    def _all_end(self) -> bool:
+        """Whether all ranks come here, as they do with an error that they agreed on; waits for them."""
+        if not self._factor or self._store is None:
+            return True
+        end = time.monotonic() + min(TOGETHER, self._seconds / 2)  # the others wait for this rank, which is no hang yet
+        with suppress(RuntimeError):  # the store has ended with the process that held it, which came here
+            ending = self._store.add("ending", 1)
+            while ending < self._world.size and time.monotonic() < end:
+                time.sleep(0.05)
+                ending = self._store.add("ending", 0)
+            if self._world.rank == 0:
+                time.sleep(0.2)  # for the others to see it, too: the store may be in this process
+            return ending == self._world.size
+        return True
+
     def _close(self, ended: str) -> None:
         if not self._thread.is_alive():
             return
         self._closed.set()
         self._thread.join()
+        self._end_with(ended)
+
+    def _end_with(self, ended: str) -> None:
         self._own.ended = ended
         if self._store is not None:
             with suppress(RuntimeError):  # the store may have ended with the process that held it
@@ -238,9 +262,13 @@ class Watchdog(Watch):
             with suppress(OSError):  # standard error may go to a full disk: that keeps no rank from ending
                 sys.stderr.write(text)
                 sys.stderr.flush()
-        if self._world.rank == 0:
-            time.sleep(2 * self._interval)  # the store may be in this process: let the others read the verdict
+        self._let_others_read()
         os._exit(EXIT_STATUS)
+
+    def _let_others_read(self) -> None:
+        """Wait where the store may be in this process, which is about to end."""
+        if self._world.rank == 0:
+            time.sleep(2 * self._interval)
 
 
 def _named(rank: int, beat: Heartbeat) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,24 @@ def test_document_boundaries_come_with_the_batch_when_they_are_asked_for(dataset
         assert part.cu_seqlens is not None
         assert part.cu_seqlens.tolist() == document_boundaries(part.inputs.numpy(), 999).tolist()
     loader.close()
+
+
+def test_all_reads_that_hang_together_hold_the_end_of_a_rank_no_longer_than_one(
+    dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.loader.CLOSING", 0.3)
+    all_read, release = threading.Barrier(9), threading.Event()
+
+    class Hanging(InstanceStream):
+        def rows(self, *located: np.ndarray) -> np.ndarray:
+            all_read.wait(30)
+            release.wait(30)
+            return super().rows(*located)
+
+    loader = BatchLoader(Hanging([dataset], [1.0], 0), 8, 1, 0, 1, workers=8)
+    loader.prefetch(0)
+    all_read.wait(30)
+    begin = time.monotonic()
+    loader.close()
+    assert 0.3 <= time.monotonic() - begin < 8 * 0.3
+    release.set()

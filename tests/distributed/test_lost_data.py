@@ -1,6 +1,7 @@
-"""A shard disappears while two ranks train: both stop with a checkpoint and its name, and go on when it is back."""
+"""A shard is lost to ranks that train or evaluate: both stop with a checkpoint and its name, and go on with it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from tests.distributed.test_faults import ended, start
 from tests.distributed.test_training import ROOT, records
 
 STEPS = 4000  # more than are ever made
@@ -58,3 +60,26 @@ def test_both_ranks_stop_with_a_checkpoint_when_one_of_them_cannot_read(shards, 
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [record["step"] for record in records(run_dir)] == list(range(1, last + 3))
+
+
+@pytest.mark.slow
+def test_both_ranks_stop_with_a_checkpoint_when_one_of_them_cannot_read_validation(shards, tmp_path):
+    inject = """
+from data.shards import DataError, TokenDataset
+original, lost = TokenDataset.__getitem__, []
+def row(self, index):
+    if os.environ["RANK"] == "1" and self.folder.name == "odd":
+        if lost:
+            raise DataError("odd/00000.bin is lost.")
+        lost.append(index)  # after the evaluation at step 0
+    return original(self, index)
+TokenDataset.__getitem__ = row
+"""
+    run_dir = tmp_path / "run"
+    process = start(2, shards, run_dir, "evaluation.every=3", "evaluation.instances=2", inject=inject)
+    _, said, _ = ended(process)
+    assert process.returncode == 1, said
+    assert "error: odd/00000.bin is lost. The run has stopped after step 3, with a checkpoint" in said
+    assert re.search(r"exitcode  : 1 ", said)
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-3"]
+    assert [record["step"] for record in records(run_dir)] == [0, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data.shards import TokenDataset, read_manifest, validation_domains
+from data.shards import DataError, TokenDataset, read_manifest, validation_domains
 from eval.perplexity import PerplexityEvaluator
 from tests.models.plain import build, small
 from tests.shards import VOCAB
@@ -76,6 +76,20 @@ def test_ranks_together_read_what_one_reads(model, shards, world_size):
         nats, count = totals[index].tolist()
         assert count == 5 * 16
         assert nats / count == pytest.approx(alone[f"validation/{domain}/loss"], rel=1e-6)
+
+
+def test_a_domain_that_cannot_be_read_is_told_to_stop_and_raised_where_that_stops_nothing(model, shards, monkeypatch):
+    evaluator = PerplexityEvaluator(domains(shards), 16, instances=1, micro_batch_size=1)
+    told = []
+
+    def fails(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(TokenDataset, "__getitem__", fails)
+    assert evaluator.evaluate(model, CPU, lambda failure: bool(told.append(failure)) or failure is not None) is None
+    assert told == [f"{shards}/validation/even cannot be read ([Errno 5] Input/output error)."]
+    with pytest.raises(DataError, match="validation/even cannot be read"):
+        evaluator.evaluate(model, CPU)
 
 
 def test_evaluation_leaves_no_graph_and_can_be_followed_by_training(model, shards):

@@ -179,6 +179,33 @@ def test_a_file_that_disappears_stops_the_run_with_a_checkpoint_and_put_back_it_
     assert untimed(config.run.dir) == untimed(whole.run.dir)
 
 
+@pytest.mark.parametrize(("lost_at", "where"), [(0, "before its first step"), (2, "after step 2, with a checkpoint")])
+def test_validation_that_disappears_stops_the_run_with_a_checkpoint_and_put_back_it_is_evaluated(
+    lost_at, where, shards, tmp_path, monkeypatch
+):
+    copy = shutil.copytree(shards, tmp_path / "copy")
+    config = tiny_config(copy, tmp_path / "run")
+    config.training.steps, config.evaluation.every, config.evaluation.instances = 3, 2, 1
+    lost, kept = copy / "validation" / "odd" / "00000.bin", tmp_path / "kept.bin"
+    original = training.trainer.Trainer._evaluate_and_record
+
+    def evaluate_and_record(self, values):
+        if self.state.step == lost_at:
+            os.rename(lost, kept)
+        original(self, values)
+
+    with monkeypatch.context() as losing:
+        losing.setattr(training.trainer.Trainer, "_evaluate_and_record", evaluate_and_record)
+        with pytest.raises(TrainingError, match=rf"odd/00000\.bin cannot be read any more .* has stopped {where}"):
+            train(config)
+    checkpoints = [path.name for path in find_checkpoints(tmp_path / "run")]
+    assert checkpoints == ([f"step-{lost_at}"] if lost_at else [])
+    os.rename(kept, lost)
+    train(config)
+    evaluated = [record["step"] for record in untimed(config.run.dir) if "validation/odd/loss" in record]
+    assert evaluated == [0, 2, 3]
+
+
 def test_a_mixture_is_written_on_the_command_line_and_kept_in_the_run_directory(domains, tmp_path):
     entries = ", ".join(f"{{path: {path}, weight: {weight}}}" for path, weight in zip(domains, (5, 3, 2), strict=True))
     (job,) = plan(["model=moda_tiny", "data=mixture", f"data.mixture=[{entries}]"]).jobs

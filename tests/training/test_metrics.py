@@ -32,6 +32,10 @@ def steps(path: Path) -> list[int]:
     return [record["step"] for record in read_metrics(path)]
 
 
+def strict_steps(path: Path) -> list[int]:
+    return [strict(line)["step"] for line in path.read_text().splitlines()]
+
+
 def test_a_record_is_one_line_with_the_values_given(tmp_path):
     log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
     returned = log.append(10, 320, {"train/loss": 4.5, "train/lr": 1e-3})
@@ -262,3 +266,60 @@ def test_output_that_goes_to_a_full_disk_ends_nothing(tmp_path, monkeypatch):
         log.append(1, 1, {})
     log.append(2, 2, {})
     assert [record["step"] for record in read_metrics(log.path)] == [1, 2]
+
+
+def test_a_log_that_can_no_longer_be_written_nor_cut_is_two_warnings_and_no_error(tmp_path, monkeypatch, capsys):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(1, 10, {})
+    file = log._file
+
+    def half(line):
+        return file.write(line[:5])
+
+    def refused(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as immutable:
+        immutable.setattr(os, "ftruncate", refused)
+        immutable.setattr(log, "_file", SimpleNamespace(write=half, fileno=file.fileno, close=refused))
+        log.append(2, 20, {})
+        log.append(3, 30, {})
+        log.close()
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {log.path} cannot be written (No space left on device): its records are kept and tried again with "
+        "the next",
+        f"warning: {log.path} lacks its last records (2), which cannot be written: make room or give access there",
+    ]
+    log.close()  # where it can be written again
+    assert strict_steps(log.path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("lost", ["removed", "folder moved", "replaced"])
+def test_a_log_that_is_gone_from_its_path_is_written_again_with_all_records(lost, tmp_path, capsys):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.append(1, 10, {})
+    if lost == "folder moved":
+        log.path.parent.rename(tmp_path / "elsewhere")
+    else:
+        log.path.unlink()
+    if lost == "replaced":
+        log.path.write_text("nonsense")
+    log.append(2, 20, {})
+    log.append(3, 30, {})
+    log.close()
+    assert strict_steps(log.path) == [1, 2, 3]
+    assert capsys.readouterr().err == (
+        f"warning: {log.path} was removed, moved or replaced: it is written again, with all records so far\n"
+    )
+
+
+def test_a_log_that_is_gone_and_cannot_be_written_again_is_a_warning_until_it_can(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "run" / "metrics.jsonl")
+    log.append(1, 10, {})
+    log.path.parent.rename(tmp_path / "elsewhere")
+    log.path.parent.write_text("a file in place of the folder")
+    log.append(2, 20, {})
+    assert f"warning: {log.path} cannot be written (" in capsys.readouterr().err
+    log.path.parent.unlink()
+    log.append(3, 30, {})
+    assert strict_steps(log.path) == [1, 2, 3]

@@ -1,6 +1,7 @@
 """training/watchdog.py on one process; ranks that fail each other are in tests/distributed/test_faults.py."""
 
 import os
+import platform
 import sys
 import threading
 import time
@@ -8,7 +9,9 @@ from concurrent.futures import Future
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
+from data.shards import DataError
 from tests.shards import tiny_config
 from tests.training.test_metrics import FullDisk
 from training import rendezvous, saver, storage, watchdog
@@ -78,6 +81,42 @@ def test_what_is_done_for_the_first_time_may_take_longer(tmp_path):
     assert watch.limit == watchdog.FIRST * 10
     watch.step_done("step 1")
     assert watch.limit == 10
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_mistake_of_one_rank_alone_is_told_to_the_others(together, tmp_path, monkeypatch):
+    told = [threading.Event(), threading.Event()]
+    verdicts = []
+
+    def end(self, verdict):
+        verdicts.append(verdict)
+        told[self._world.rank].set()
+
+    monkeypatch.setattr(watchdog.Watchdog, "_end", end)
+    monkeypatch.setattr(watchdog, "TOGETHER", 60 if together else 0.1)
+    store = dist.TCPStore("localhost", 0, 2, is_master=True, wait_for_workers=False)
+    watches = [
+        watchdog.Watchdog(SimpleNamespace(rank=rank, size=2, store=store), tmp_path, factor=1, seconds=10)
+        for rank in (0, 1)
+    ]
+    for watch in watches:
+        watch.__enter__()
+    mistake = DataError("odd has no manifest.")
+    threads = [
+        threading.Thread(target=watch.__exit__, args=(DataError, mistake, None))
+        for watch in (watches if together else watches[1:])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    if together:
+        assert verdicts == []
+        return
+    assert told[0].wait(30)
+    watches[0].__exit__(None, None, None)
+    assert verdicts[0] == f"rank 1 (process {os.getpid()} on {platform.node()}) ended: odd has no manifest."
 
 
 @pytest.mark.parametrize("end", ["watchdog", "rendezvous"])
