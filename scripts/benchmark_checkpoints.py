@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +38,7 @@ import torch
 
 from data.shards import write_atomically
 from scripts.page_section import PageSection
-from scripts.training_benchmark.process import StepsFailed, reason
+from scripts.training_benchmark.process import StepsFailed, kill, reason
 from scripts.training_benchmark.tables import machine
 from training.checkpoint import find_checkpoints, read_marker
 from training.metrics import Record, read_metrics
@@ -147,7 +145,7 @@ class Runs:
                 told = time.monotonic()
                 say(f"  step {self._step()}")
             if time.monotonic() - begin > TIMEOUT:
-                _kill(process)
+                kill(process)
         output = log.read_text(errors="replace")
         if process.returncode:
             raise StepsFailed(f"{reason(output, process.returncode)} (all of it: {log})", output)
@@ -163,12 +161,12 @@ class Runs:
         while first is None or self._step() < first + 5:
             time.sleep(0.05)
             if process.poll() is not None or time.monotonic() - begin > TIMEOUT:
-                _kill(process)
+                kill(process)
                 output = log.read_text(errors="replace")
                 raise StepsFailed(f"no checkpoint to kill it after: {reason(output, 0)} (all of it: {log})", output)
             if first is None and find_checkpoints(self.run_dir):
                 first = self._step()
-        _kill(process)
+        kill(process)
         reached = self._step()
         saved = read_marker(find_checkpoints(self.run_dir)[-1]).state.step
         lost = reached - saved
@@ -302,21 +300,6 @@ def render(results: dict[str, Any]) -> str:
 def say(text: str) -> None:
     """A line of progress."""
     print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for the ranks, all at once; a launcher then ends by itself."""
-    ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == process.pid]
-    for pid in ranks or [process.pid]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait(60)
-
-
-def _parent(pid: int) -> int | None:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it has ended
-        return None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -158,8 +158,8 @@ class Bench:
             self.note(f"not ended after {limit} s")
         return run.status()
 
-    def launch(self, name: str, inject: str, *overrides: str, restarts: int = 1) -> int:
-        """A run on two ranks under torchrun, to its end. Returns the exit status."""
+    def start_ranks(self, name: str, inject: str, *overrides: str, restarts: int = 1) -> subprocess.Popen[bytes]:
+        """A run on two ranks under torchrun."""
         script = self.folder / f"{name}.py"
         script.write_text(
             f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train\n{self.inject}\n{inject}\n"
@@ -167,7 +167,11 @@ class Bench:
         )
         command = self.launch_command(script, self.run_dir(name), *overrides, restarts=restarts)
         with open(self._output(), "ab") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=output)
+            return subprocess.Popen(command, stdout=output, stderr=output)
+
+    def launch(self, name: str, inject: str, *overrides: str, restarts: int = 1) -> int:
+        """A run on two ranks under torchrun, to its end. Returns the exit status."""
+        process = self.start_ranks(name, inject, *overrides, restarts=restarts)
         try:
             return process.wait(2 * LIMIT)
         except subprocess.TimeoutExpired:

@@ -59,13 +59,18 @@ def _killed(bench: Bench, times: int, fault: str, every: int, *settings: str) ->
             continue
         inside += bool(unmarked)
         reached = last_step(name)
-        whole = [int(p.parent.name.partition("-")[2]) for p in name.glob(f"checkpoints/step-*/{MARKER}")]
-        lost.append(reached - max(whole, default=0))
+        lost.append(reached - newest_step(name))
     status, message = bench.finish(name, *settings), bench.said(r"continuing [^\n]*")
     passed = status == 0 and bench.same(name) and len(lost) == times and max(lost) <= every
     how = f"SIGKILL, {inside} of them inside a save, a checkpoint every {every} steps"
     untouched = bench.single.result().untouched
     return Row(fault, how, len(lost), f"at most {max(lost, default=0)} steps, {untouched}", message, passed)
+
+
+def newest_step(run_dir: Path) -> int:
+    """Of its checkpoints with a marker, 0 for none."""
+    whole = [int(path.parent.name.partition("-")[2]) for path in run_dir.glob(f"checkpoints/step-*/{MARKER}")]
+    return max(whole, default=0)
 
 
 def _being_written(run_dir: Path) -> list[Path]:

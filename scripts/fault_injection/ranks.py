@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import random
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
 
-from scripts.fault_injection.bench import Bench, Row
+from scripts.fault_injection.bench import LIMIT, Bench, Row, last_step
+from scripts.fault_injection.endings import newest_step
+from scripts.training_benchmark.process import kill
 
+APART = 10  # steps between checkpoints that are written beside training
 STEPS = "training.steps=30"
 BESIDE = ("checkpoint.every=100", "checkpoint.permanent_every=10")  # training waits for none of these writes
 LOAD = """
@@ -77,6 +82,34 @@ def _again(bench: Bench, times: int) -> Row:
     return Row(fault, how, 1, "3 steps, to be made again", message, status == 1 and message != "")
 
 
+def _all_killed(bench: Bench, times: int) -> Row:
+    """SIGKILL of both ranks and their launcher at random moments, a quarter as often as of a single process."""
+    fault = "both ranks killed"
+    if skipped := _too_few_gpus(bench):
+        return Row(fault, "SIGKILL", 0, "", "", False, skipped)
+    chance, lost, times = random.Random(0), list[int](), max(2, times // 4)
+    settings = (STEPS, "checkpoint.asynchronous=true", f"checkpoint.every={APART}")
+    run_dir = bench.run_dir("ranks-killed")
+    while len(lost) < times:
+        before = last_step(run_dir)
+        process = bench.start_ranks(run_dir.name, "", *settings, restarts=0)
+        further = before + chance.randint(1, 5)
+        end = time.monotonic() + LIMIT
+        while process.poll() is None and last_step(run_dir) < further and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.1))  # a part of a step
+        if process.poll() is not None:  # it came to its end before: begin again
+            shutil.rmtree(run_dir)
+            continue
+        kill(process)
+        lost.append(last_step(run_dir) - newest_step(run_dir))
+    status, message = bench.launch(run_dir.name, "", *settings), bench.said(r"continuing [^\n]*")
+    passed = status == 0 and bench.same(run_dir, bench.pair.result()) and max(lost) <= APART
+    how = f"SIGKILL of both and of torchrun, a checkpoint every {APART} steps"
+    untouched = bench.pair.result().untouched
+    return Row(fault, how, len(lost), f"at most {max(lost)} steps, {untouched}", message, passed)
+
+
 def _too_few_gpus(bench: Bench) -> str:
     few = bench.device == "cuda" and bench.gpus < 2
     return f"it needs two GPUs, and there is {bench.gpus}" if few else ""
@@ -85,6 +118,7 @@ def _too_few_gpus(bench: Bench) -> str:
 RANKS: dict[str, Callable[[Bench, int], Row]] = {
     "ranks-undisturbed": undisturbed,
     "ranks-again": _again,
+    "ranks-all-killed": _all_killed,
     "ranks-load": partial(_lost, "sleeps in the load", 20, LOAD),
 }
 for _fault, _action, _step in (

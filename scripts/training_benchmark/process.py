@@ -7,10 +7,13 @@ directory, with `metrics.jsonl`, stays in the folder.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,22 @@ def run_steps(
     if done.returncode or not result.is_file():
         raise StepsFailed(reason(done.stderr, done.returncode), done.stdout + done.stderr)
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def kill(launcher: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the ranks of a torchrun, all at once, and for the launcher; of a single process for that."""
+    ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == launcher.pid]
+    for pid in [*ranks, launcher.pid]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    launcher.wait(60)
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return None
 
 
 def reason(stderr: str, status: int) -> str:

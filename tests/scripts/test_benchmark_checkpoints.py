@@ -74,7 +74,7 @@ def test_a_kill_that_loses_more_than_the_interval_is_a_failure(reached, tmp_path
     steps = iter([20, 25, reached])
     monkeypatch.setattr(Runs, "_start", lambda *arguments: (SimpleNamespace(poll=lambda: None), tmp_path / "log"))
     monkeypatch.setattr(Runs, "_step", lambda self: next(steps))
-    monkeypatch.setattr(benchmark_checkpoints, "_kill", lambda process: None)
+    monkeypatch.setattr(benchmark_checkpoints, "kill", lambda process: None)
     monkeypatch.setattr(benchmark_checkpoints, "find_checkpoints", lambda run_dir: [Path("step-18")])
     marker = SimpleNamespace(state=SimpleNamespace(step=18))
     monkeypatch.setattr(benchmark_checkpoints, "read_marker", lambda path: marker)
