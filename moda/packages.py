@@ -58,7 +58,7 @@ def _loaded(package: Package) -> tuple[ModuleType | None, str | None]:
     except Exception as error:  # a package built for other versions can fail in any way, and nothing needs it
         module, reason = None, f"{package.module} cannot be imported ({type(error).__name__}: {error})"
     if reason:
-        warnings.warn(f"A sequence attention kernel is installed and not used: {reason}.", stacklevel=2)
+        warnings.warn(f"An optional kernel is installed and not used: {reason}.", stacklevel=2)
     return module, reason
 
 

@@ -71,12 +71,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, hidden_size] to the same."""
-        if kernels.available(x.device, x.dtype):
-            return self.down_proj(swiglu.swiglu(self.gate_up_proj(x)))
-        weights = self.gate_up_proj.weight.chunk(2)
-        biases = (None, None) if self.gate_up_proj.bias is None else self.gate_up_proj.bias.chunk(2)
-        # Two products: the gradient of one of both would be concatenated, at twice the bytes.
-        gate, up = (F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+        if self.gate_up_proj.bias is None:
+            return swiglu.swiglu(x, self.gate_up_proj.weight, self.down_proj.weight)
+        gate, up = self.gate_up_proj(x).chunk(2, -1)
         return self.down_proj(F.silu(gate) * up)
 
 

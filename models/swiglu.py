@@ -1,50 +1,100 @@
-"""silu(gate) * up of the product of a fused projection in one pass over it, forward and backward (OLMo 2, section 2.1).
+"""The feed-forward layer w2(silu(w1 x) * w3 x) as one operator with a gradient of its own (OLMo 2, section 2.1).
 
-In: the product, [..., 2 * intermediate_size], gate before up. What `models.layers` says in PyTorch of two products, for
-GPUs: there one product of both is faster than two, and so is the gradient of what it is a product of, if the gradients
-of gate and up lie side by side, as the product does. The compiler would concatenate them, for which it reads twice what
-they are made of: an operator of torch.library, opaque to it, around the Triton kernels of `models.swiglu_kernel`.
-Arithmetic is fp32, rounded once.
+In: x and two weights, that of gate and up fused. Out: the layer's output, in the dtype of x. Backward keeps x and the
+product of gate and up, and makes silu(gate) * up again while it goes over that product: a third less to keep.
+
+Where `models.gated_products` has them, silu(gate) * up is computed inside the products before and after it, forward and
+backward, so that nothing is read to be multiplied only. Elsewhere on a GPU it is a Triton kernel each way
+(`models.swiglu_kernel`), and without one it is PyTorch. All compute it in fp32 (float64 stays) and round once.
 """
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from moda.first_order import first_order
-from models.kernels import LIBRARY, registered
+from models import gated_products
+from models.kernels import LIBRARY, available, registered
 
 
-def swiglu(product: Tensor) -> Tensor:
-    """silu(gate) * up, [..., intermediate_size], contiguous, in the dtype of `product`.
+def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """silu(x gateᵀ) * (x upᵀ) downᵀ: [..., out_features], contiguous, in the dtype of x.
 
     Args:
-        product: [..., 2 * intermediate_size], gate before up.
+        x: [..., in_features].
+        gate_up: [2 * intermediate_size, in_features], gate above up.
+        down: [out_features, intermediate_size].
 
-    For devices and dtypes of which `models.kernels.available` holds. Gradients of the first order only.
+    Gradients of the first order only.
     """
-    return _swiglu(product)
+    return _swiglu(x, gate_up, down)[0]
 
 
-def _forward(product: Tensor) -> Tensor:
-    from models.swiglu_kernel import forward
-
-    return forward(product.contiguous())
-
-
-def _forward_fake(product):
-    return product.new_empty(*product.shape[:-1], product.shape[-1] // 2)
-
-
-def _backward(dout: Tensor, product: Tensor) -> Tensor:
-    from models.swiglu_kernel import backward
-
-    return backward(dout.contiguous(), product.contiguous())
+def _forward(x: Tensor, gate_up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the product of gate and up as the backward takes it, [rows, 2 * intermediate_size]."""
+    rows = x.flatten(0, -2).contiguous()
+    if gated_products.available(rows, gate_up, down):
+        product, hidden = gated_products.forward(rows, gate_up)
+    else:
+        product = rows @ gate_up.t()
+        hidden = _hidden(product)
+    return (hidden @ down.t()).view(*x.shape[:-1], len(down)), product
 
 
-def _backward_fake(dout, product):
-    return product.new_empty(product.shape)
+def _forward_fake(x, gate_up, down):
+    return x.new_empty(*x.shape[:-1], len(down)), x.new_empty(x[..., 0].numel(), len(gate_up))
+
+
+def _backward(dout: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, product: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, gate_up and down."""
+    rows, drows = (t.flatten(0, -2).contiguous() for t in (x, dout))
+    if gated_products.available(rows, gate_up, down):
+        dproduct, hidden = gated_products.backward(drows, down, product)
+        ddown = drows.t() @ hidden
+        del hidden
+        dx = dproduct @ gated_products.interleaved(gate_up)
+        dgate_up = gated_products.side_by_side(dproduct.t() @ rows)
+    else:
+        dproduct, hidden = _product_gradient(drows @ down, product)
+        ddown = drows.t() @ hidden
+        del hidden
+        dx, dgate_up = dproduct @ gate_up, dproduct.t() @ rows
+    return dx.view(x.shape), dgate_up, ddown
+
+
+def _backward_fake(dout, x, gate_up, down, product):
+    return tuple(t.new_empty(t.shape) for t in (x, gate_up, down))
+
+
+def _hidden(product: Tensor) -> Tensor:
+    """silu(gate) * up of a product that has gate beside up."""
+    if available(product.device, product.dtype):
+        from models.swiglu_kernel import forward
+
+        return forward(product)
+    gate, up = _wide(product).chunk(2, -1)
+    return (F.silu(gate) * up).to(product.dtype)
+
+
+def _product_gradient(dhidden: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of `product` from that of silu(gate) * up, and the latter itself once more."""
+    if available(product.device, product.dtype):
+        from models.swiglu_kernel import backward
+
+        return backward(dhidden, product)
+    gate, up = _wide(product).chunk(2, -1)
+    silu, grad = F.silu(gate), _wide(dhidden)
+    dgate = torch.ops.aten.silu_backward(grad * up, gate)
+    return torch.cat((dgate, grad * silu), -1).to(product.dtype), (silu * up).to(product.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 _swiglu = registered("swiglu", _forward, _forward_fake)
@@ -52,12 +102,25 @@ _swiglu_backward = registered("swiglu_backward", _backward, _backward_fake)
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
 
 
 @first_order
-def _gradient(ctx, dout):
-    return _swiglu_backward(dout, *ctx.saved_tensors)
+def _gradient(ctx, dout, _):
+    return (None, None, None) if dout is None else _swiglu_backward(dout, *ctx.saved_tensors)
 
 
 torch.library.register_autograd("models::swiglu", _gradient, setup_context=_setup_context, lib=LIBRARY)
+
+
+@register_flop_formula(torch.ops.models.swiglu)
+def _forward_flops(x_shape, gate_up_shape, down_shape, **_) -> int:
+    """Of the two products."""
+    return 2 * prod(x_shape[:-1]) * (prod(gate_up_shape) + prod(down_shape))
+
+
+@register_flop_formula(torch.ops.models.swiglu_backward)
+def _backward_flops(dout_shape, *shapes, **_) -> int:
+    """Of the four."""
+    return 2 * _forward_flops(*shapes[:3])

@@ -48,8 +48,8 @@ def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None
         weights = random(group * 8 * 64), random(8 * 64)
         return partial(_both_ways, lambda: norm_rotary(product, *weights, angles.cos(), angles.sin(), 64, 1e-6))
     if name == "swiglu":
-        product = random(tokens, 2 * 1333)
-        return partial(_both_ways, lambda: (swiglu(product),))
+        x, weights = random(tokens, 24), (random(2 * 1333, 24), random(24, 1333))
+        return partial(_both_ways, lambda: (swiglu(x, *weights),))
     q, k, v = (random(1, tokens, heads, 64) for heads in (8 * group, 8, 8))
     keys, values = (None, None) if "without" in name else (random(slots, 1, tokens, 8, 64) for _ in range(2))
     cu_seqlens = torch.tensor([0, 1, tokens // 3, tokens], device="cuda") if "documents" in name else None
