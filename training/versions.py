@@ -19,7 +19,7 @@ from training.restarts import VERSIONS, entries, last_record, launch
 
 PACKAGES = (
     *("torch", "triton", "transformers", "datasets", "tokenizers", "hydra-core", "wandb", "numpy"),
-    *("flash-attn-4", "flash-attn"),  # optional; sequence attention takes them where they are faster
+    *("flash-attn-4", "flash-attn", "quack-kernels"),  # optional; attention and SwiGLU take them where they are faster
 )
 
 

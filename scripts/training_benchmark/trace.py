@@ -29,6 +29,7 @@ KINDS = [
     ("softmax of the loss", r"^_rows"),
     ("QK-norm and RoPE", r"^norm_rotary"),
     ("SwiGLU", r"^swiglu"),
+    ("products with SwiGLU", r"quack.*Gated"),
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitKreduce"),
     ("optimizer and clipping", r"adam|multi_tensor_apply|lpnorm|foreach"),
     ("compiled element-wise", r"^triton_"),

@@ -17,7 +17,11 @@ def case(shape, dtype, device):
     """x, gate_up, down, and the output's gradient."""
     lead, width, intermediate, out = shape
     generator = torch.Generator().manual_seed(0)
-    scaled = (((*lead, width), 3.0), ((2 * intermediate, width), width**-0.5), ((out, intermediate), 1.0))
+    scaled = (
+        ((*lead, width), 3.0),
+        ((2 * intermediate, width), width**-0.5),
+        ((out, intermediate), intermediate**-0.5),
+    )
     tensors = [s * torch.randn(size, generator=generator, dtype=torch.float64) for size, s in scaled]
     tensors.append(torch.randn(*lead, out, generator=generator, dtype=torch.float64))
     return [tensor.to(dtype).to(device) for tensor in tensors]
