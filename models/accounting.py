@@ -138,6 +138,7 @@ class Memory:
     accumulated: int  # fp32 sums of gradients over micro-batches, not sharded; 0 with one micro-batch a step
     gathered: int  # weights in the compute dtype: of the root, and of the blocks that are gathered at a time
     activations: int  # what autograd and the depth stream keep of one micro-batch at the end of its forward
+    slots: int  # of these, the depth stream's: they stay until the end of backward
     readers: int  # what layers have left for the slots below them at the end of backward
     loss: int  # logits of a chunk
     block: int  # of the backward of one block: activations computed again, gradients of activations and weights
@@ -150,7 +151,13 @@ class Memory:
         return {
             "loss": lasting + self.gathered + self.activations + self.loss,
             "begin of backward": lasting + self.gathered + self.activations + self.block,
-            "end of backward": lasting + self.gathered + self.gradients + self.readers + self.block + self.output,
+            "end of backward": lasting
+            + self.gathered
+            + self.gradients
+            + self.slots
+            + self.readers
+            + self.block
+            + self.output,
         }
 
     @property
@@ -225,6 +232,7 @@ def memory(
         accumulated=4 * parameters if accumulates else 0,
         gathered=(root_parameters + at_a_time) * width,
         activations=activations,
+        slots=_slots(config, config.num_layers, tokens, compute_dtype),
         readers=config.num_layers * reader,
         loss=chunk_tokens(tokens, config.padded_vocab_size, compute_dtype) * config.padded_vocab_size * width,
         block=block + recomputed,
@@ -258,10 +266,14 @@ def _kept(
     kept = {key: _saved(model, ids) for key, model in models.items()}
     if config.depth_kv:
         # Full checkpointing drops what blocks save; the stream's slots are not part of that and stay.
-        slot = ids.numel() * config.num_kv_heads * config.head_dim * compute_dtype.itemsize
         for num_layers in counts:
-            kept[num_layers, "full"] += 2 * num_layers * config.slots_per_layer * slot
+            kept[num_layers, "full"] += _slots(config, num_layers, ids.numel(), compute_dtype)
     return kept
+
+
+def _slots(config: ModelConfig, num_layers: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of the depth slots of so many layers."""
+    return 2 * num_layers * config.slots_per_layer * tokens * config.num_kv_heads * config.head_dim * dtype.itemsize
 
 
 def _saved(model: Decoder, ids: torch.Tensor) -> int:

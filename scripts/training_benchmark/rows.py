@@ -40,7 +40,7 @@ LARGEST = [
     ("olmo2_700m", "-full", FULL, (96, 184, 200)),
     ("moda_700m", "", (), (16, 18, 20)),
     ("moda_700m", "-selective", SELECTIVE, (56, 64, 72)),
-    ("moda_700m", "-full", FULL, (88, 94, 104)),
+    ("moda_700m", "-full", FULL, (64, 76, 84)),
 ]
 
 ROWS = [

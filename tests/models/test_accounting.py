@@ -110,6 +110,7 @@ def test_activation_bytes_equal_what_autograd_keeps(fields, checkpointing, compi
     slots = 2 * 5 * config.slots_per_layer * 2 * 32 * config.num_kv_heads * config.head_dim * 2
     outside_autograd = slots if checkpointing == "full" else 0  # the stream's, which no checkpoint drops
     assert estimate.activations == sum(kept.values()) + outside_autograd
+    assert estimate.slots == slots
     assert estimate.readers == (5 * 2 * 32 * config.num_heads * (4 * config.head_dim + 8) if fields else 0)
 
 
@@ -131,6 +132,10 @@ def test_the_peak_is_the_moment_at_which_most_is_held():
     assert long.peak in ("loss", "begin of backward")
     assert long.total > long.weights + long.optimizer + long.activations
     assert memory(config, 1, 1).peak == "end of backward"
+    # Computed again, activations are little: what stays until the end of backward, slots and readers, is the most.
+    again = memory(small(**{**FFN, "num_kv_heads": 4, "head_dim": 64}), 64, 512, activation_checkpointing="full")
+    assert again.peak == "end of backward"
+    assert again.total > again.slots + again.readers + again.block
     assert memory(config, 2, 32, accumulates=True).total > held.total
     assert memory(config, 2, 32, reshard_after_forward=False).total > held.total
 
