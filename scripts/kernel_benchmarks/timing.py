@@ -28,12 +28,26 @@ def milliseconds(*calls: Callable[[], object], budget_ms: float = 250, most: int
     What the host takes is `host_milliseconds`. Warms up, then repeats for about `budget_ms`: at least 5 times, at most
     `most` times.
     """
-    for index in range(max(2, len(calls))):
-        calls[index % len(calls)]()
-    hidden = min(MOST_HIDDEN_MS, 1.5 * host_milliseconds(*calls) + 0.1)
+    hidden = _warmed_up(calls)
     once = _elapsed(calls, 1, hidden)[0]
     repeats = min(most, max(5, math.ceil(budget_ms / max(once, 1e-3))))
     return statistics.median(_elapsed(calls, repeats, hidden))
+
+
+def milliseconds_in_turns(*calls: Callable[[], object], budget_ms: float = 4000, most: int = 50) -> list[float]:
+    """Median time of each of several calls, as `milliseconds` takes it, in turns: under the same clocks and power."""
+    hidden = _warmed_up(calls)
+    once = sum(_elapsed(calls, len(calls), hidden))
+    repeats = min(most, max(5, math.ceil(budget_ms / max(once, 1e-3))))
+    taken = _elapsed(calls, repeats * len(calls), hidden)
+    return [statistics.median(taken[index :: len(calls)]) for index in range(len(calls))]
+
+
+def _warmed_up(calls: tuple[Callable[[], object], ...]) -> float:
+    """Milliseconds of the host's time to hide before each of the calls, all of which have run."""
+    for index in range(max(2, len(calls))):
+        calls[index % len(calls)]()
+    return min(MOST_HIDDEN_MS, 1.5 * host_milliseconds(*calls) + 0.1)
 
 
 def host_milliseconds(*calls: Callable[[], object], repeats: int = 5) -> float:

@@ -249,6 +249,34 @@ def test_one_kernel_that_fails_does_not_hide_the_others(monkeypatch):
     assert len(said) == 1
 
 
+def test_what_depth_costs_is_the_difference_of_two_calls_in_turns(monkeypatch):
+    queued = []
+
+    def elapsed(calls, repeats, hidden):
+        queued.extend(calls[index % len(calls)]() for index in range(repeats))
+        return [{"auto": 9.0, "fast": 7.0}[name] for name in queued[-repeats:]]
+
+    kernels = [
+        baselines.SequenceKernel("fast", lambda *_: lambda: "fast"),
+        baselines.SequenceKernel("slow", lambda *_: lambda: "slow"),
+    ]
+    benchmark = joint.JointBenchmark()
+    monkeypatch.setattr(joint, "OVER_SEQUENCE", [(16384, 8, 64)])
+    monkeypatch.setattr(joint.baselines, "find", lambda _: (kernels, []))
+    monkeypatch.setattr(joint.JointBenchmark, "_moda", lambda *_: lambda: "auto")
+    monkeypatch.setattr(joint.JointBenchmark, "_inputs", staticmethod(lambda *_: ()))
+    monkeypatch.setattr(joint.timing, "host_milliseconds", lambda *calls, **_: 0.1)
+    monkeypatch.setattr(joint.timing, "_elapsed", elapsed)
+    row = joint_row(16384, 8, 64) | {"moda": {"auto": 1.0, "fused": 2.0}, "sequence": {"slow": 4.0, "fast": 3.0}}
+    monkeypatch.setattr(benchmark, "measure", lambda *_: row)
+    (shown,) = benchmark.over_sequence(print)["rows"]
+    assert (shown["moda"], shown["sequence"]) == ({"auto": 9.0}, {"fast": 7.0})
+    assert queued[-6:] == ["auto", "fast"] * 3
+    alone = joint_row(16384, 8, 64) | {"sequence": {}}
+    monkeypatch.setattr(benchmark, "measure", lambda *_: alone)
+    assert benchmark.over_sequence(print)["rows"] == [alone]
+
+
 def test_tables_show_figures_ratios_and_failures():
     parts = some_results()["parts"]
     shown = tables.render("table2", parts["table2"])
