@@ -70,6 +70,7 @@ def _mismatch(package: Package, module: ModuleType) -> str | None:
             return f"{package.module} has no {name}"
         parameters = _signature(function).parameters
         needed = {p.name for p in parameters.values() if p.default is p.empty}
-        if not needed <= set(given.split()) <= set(parameters):
+        positional = {p.name for p in parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        if not needed <= set(given.split()) <= positional:
             return f"{package.module}.{name} does not take the parameters ({', '.join(given.split())})"
     return None

@@ -10,6 +10,7 @@ built at the first call, in seconds, and kept on disk. The sums run in a fixed o
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 
 import torch
@@ -26,24 +27,35 @@ FORWARD = Package(
 BACKWARD = Package("quack.gemm_dact", {"gemm_dact": f"A B Out PreAct PostAct tile_count_semaphore activation {_TILES}"})
 
 
-def available(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
-    """Whether the products of x [rows, in_features] with these weights are done here."""
+def available(x: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether the products of x [rows, in_features] with these weights, and this bias of the first, are done here."""
     return (
         x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.dtype == gate_up.dtype == down.dtype
+        and bias is None
         and len(x) > 0
         and not any(size % ALIGNMENT for size in (*gate_up.shape, *down.shape))
         and gate_up.is_contiguous()
         and down.is_contiguous()
-        and _installed(x.device)
+        and _installed(x.device, x.dtype)
     )
 
 
 @cache
-def _installed(device: torch.device) -> bool:
-    hopper = torch.cuda.get_device_capability(device)[0] == HOPPER
-    return hopper and FORWARD.missing() is None and BACKWARD.missing() is None
+def _installed(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the package's kernels can be had: those that are built here to find out are the ones used later."""
+    if torch.cuda.get_device_capability(device)[0] != HOPPER or FORWARD.missing() or BACKWARD.missing():
+        return False
+    x = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=dtype, device=device)
+    try:
+        product, _ = forward(x, torch.cat((x, x)))
+        backward(x, x, product)
+    except Exception as error:  # of a compiler, or of a version that means something else by these parameters
+        reason = f"{type(error).__name__}: {error}"
+        warnings.warn(f"An optional kernel is installed and not used: quack-kernels fails ({reason}).", stacklevel=2)
+        return False
+    return True
 
 
 def forward(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:

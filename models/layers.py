@@ -71,10 +71,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[batch, time, hidden_size] to the same."""
-        if self.gate_up_proj.bias is None:
-            return swiglu.swiglu(x, self.gate_up_proj.weight, self.down_proj.weight)
-        gate, up = self.gate_up_proj(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
+        first, last = self.gate_up_proj, self.down_proj
+        return swiglu.swiglu(x, first.weight, last.weight, first.bias, last.bias)
 
 
 class HeadNorms(nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import moda
-from moda.first_order import first_order
+from moda.first_order import first_order, refuse_tangents
 from models.kernels import LIBRARY, registered
 
 
@@ -39,8 +39,10 @@ def norm_rotary(
         eps: added to the mean square.
         place: of a depth slot (`moda.DepthStream.place`), whose memory k and v are written to, if it takes them.
 
-    Gradients reach `product` and the weights, first order only.
+    Gradients reach `product` and the weights, first order and reverse mode only.
     """
+    if not torch.compiler.is_compiling():
+        refuse_tangents(product, q_weight, k_weight)
     none = k_weight.new_empty(0) if q_weight is None else q_weight
     return _norm_rotary(product, none, k_weight, cos, sin, head_dim, eps, place)
 

@@ -1,6 +1,7 @@
 """Every Triton kernel once, for tools that look into kernels: `compute-sanitizer python scripts/run_kernels.py`.
 
-In: names of kernels (all) and a shape; the defaults are small and awkward. Out: nothing but the calls, each after one
+In: names of kernels (all) and a shape; the defaults are small and awkward, with the groups that all kernels of the
+configurations occur for. Out: nothing but the calls, each after one
 that compiles it. Every tensor has device memory of its own, so that a memory checker sees an access past its end:
 
     python scripts/run_kernels.py                                        # first: what is compiled is kept
@@ -28,7 +29,7 @@ from models.swiglu import swiglu
 from scripts.kernel_benchmarks import depth
 
 ATTENTION = ("fused", "fused with documents", "fused without slots", "fused in fp32")
-NAMES = (*depth.KERNELS, *ATTENTION, "norm_rotary", "swiglu", "loss")
+NAMES = (*depth.KERNELS, *ATTENTION, "norm_rotary", "norm_rotary to a slot", "swiglu", "loss")
 
 
 def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None]:
@@ -43,10 +44,21 @@ def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None
     if name == "loss":
         hidden, weight, targets = random(tokens, 32), random(5003, 32), torch.randint(-1, 5003, (tokens,)).cuda()
         return partial(_both_ways, lambda: linear_cross_entropy(hidden, weight, targets, 1e-5))
-    if name == "norm_rotary":
+    if name.startswith("norm_rotary"):
         product, angles = random(1, tokens, (group + 2) * 8 * 64), torch.randn(1, tokens, 1, 32, device="cuda")
         weights = random(group * 8 * 64), random(8 * 64)
-        return partial(_both_ways, lambda: norm_rotary(product, *weights, angles.cos(), angles.sin(), 64, 1e-6))
+        given = product, *weights, angles.cos(), angles.sin(), 64, 1e-6
+        if "slot" not in name:
+            return partial(_both_ways, lambda: norm_rotary(*given))
+        stream = moda.DepthStream(1, 1, tokens, 8, 64, slots_per_layer=1, dtype=dtype, device="cuda")
+
+        def into_a_slot() -> tuple[torch.Tensor, ...]:
+            handle = stream.start()
+            q, k, v = norm_rotary(*given, stream.place(handle, 0, 0))
+            k, v, handle = stream.write(handle, 0, 0, k, v)
+            return stream.finish(handle, q), k, v
+
+        return partial(_both_ways, into_a_slot)
     if name == "swiglu":
         x, weights = random(tokens, 24), (random(2 * 1333, 24), random(24, 1333))
         return partial(_both_ways, lambda: (swiglu(x, *weights),))
@@ -66,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Every Triton kernel once.")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--tokens", type=int, default=83)
-    parser.add_argument("--group", type=int, default=3)
+    parser.add_argument("--group", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--slots", type=int, default=5)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -74,12 +86,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # read when the first tensor is made
     torch.manual_seed(0)
-    for name in options.only:
-        run = prepare(name, options.tokens, options.group, options.slots)
-        for _ in range(2):
-            run()
-        torch.cuda.synchronize()
-        print(f"{name}: done", flush=True)
+    for group in options.group:
+        for name in options.only:
+            run = prepare(name, options.tokens, group, options.slots)
+            for _ in range(2):
+                run()
+            torch.cuda.synchronize()
+            print(f"{name}, groups of {group}: done", flush=True)
     return 0
 
 

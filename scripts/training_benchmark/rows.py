@@ -35,7 +35,7 @@ FULL = ("parallel.activation_checkpointing=full",)
 
 # Micro-batches around the largest that scripts/estimate_memory.py finds for 141 GB.
 LARGEST = [
-    ("olmo2_700m", "", (), (18, 22, 24)),
+    ("olmo2_700m", "", (), (18, 20, 22, 24)),
     ("olmo2_700m", "-selective", SELECTIVE, (64, 78, 86)),
     ("olmo2_700m", "-full", FULL, (96, 184, 200)),
     ("moda_700m", "", (), (16, 18, 20)),

@@ -33,7 +33,7 @@ KINDS = [
     ("matrix products", r"gemm|cutlass|nvjet|xmma|cublas|splitKreduce"),
     ("optimizer and clipping", r"adam|multi_tensor_apply|lpnorm|foreach"),
     ("compiled element-wise", r"^triton_"),
-    ("FSDP copies", r"split_with_sizes|chunk_cat|CatArray"),
+    ("copies of weights and gradients", r"split_with_sizes|chunk_cat|CatArray"),
     ("embedding", r"embedding|indexing_backward|index_select|radix|Radix|krn_partial"),
     ("copies and fills", r"Memcpy|Memset|copy|fill|Fill"),
 ]

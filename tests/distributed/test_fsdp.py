@@ -53,7 +53,7 @@ def check_gradients():
     ):
         check_gradients_of(small(**fields), options)
     parallelize.UNIT_BLOCKS = 2
-    check_gradients_of(small(**MODA), {"reshard_after_forward": False})
+    check_gradients_of(small(**MODA, num_layers=6), {"reshard_after_forward": False})
 
 
 def check_gradients_of(config, options):

@@ -20,6 +20,7 @@ def _full_precision(monkeypatch):
 @pytest.mark.parametrize("shape", [*SHAPES, *WIDE], ids=str)
 def test_output_and_gradients_are_those_of_the_definition(shape, dtype):
     check(shape, dtype, "cuda", TOLERANCE[dtype])
+    check(shape, dtype, "cuda", TOLERANCE[dtype], biased=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -48,6 +49,7 @@ def test_what_the_products_cannot_take_goes_another_way():
     x, gate_up, down, _ = case(WIDE[1], torch.bfloat16, "cuda")
     rows = x.flatten(0, -2)
     assert gated_products.available(rows, gate_up, down)
+    assert not gated_products.available(rows, gate_up, down, gate_up[:, 0])
     for changed in (
         (rows.float(), gate_up.float(), down.float()),
         (rows[:0], gate_up, down),

@@ -13,23 +13,24 @@ from tests.moda.interpreter import run_interpreted
 SHAPES = [((1, 1), 2, 1, 3), ((2, 5), 8, 24, 8), ((3, 1), 7, 65, 5), ((7,), 16, 48, 16), ((2, 3), 12, 1500, 4)]
 
 
-def case(shape, dtype, device):
-    """x, gate_up, down, and the output's gradient."""
+def case(shape, dtype, device, biased=False):
+    """x, gate_up, down, with `biased` their biases, and the output's gradient."""
     lead, width, intermediate, out = shape
     generator = torch.Generator().manual_seed(0)
-    scaled = (
+    scaled = [
         ((*lead, width), 3.0),
         ((2 * intermediate, width), width**-0.5),
         ((out, intermediate), intermediate**-0.5),
-    )
+    ]
+    scaled += [((2 * intermediate,), 1.0), ((out,), 1.0)] * biased
+    scaled.append(((*lead, out), 1.0))
     tensors = [s * torch.randn(size, generator=generator, dtype=torch.float64) for size, s in scaled]
-    tensors.append(torch.randn(*lead, out, generator=generator, dtype=torch.float64))
     return [tensor.to(dtype).to(device) for tensor in tensors]
 
 
-def definition(x, gate_up, down):
-    gate, up = F.linear(x, gate_up).chunk(2, -1)
-    return F.linear(F.silu(gate) * up, down)
+def definition(x, gate_up, down, gate_up_bias=None, down_bias=None):
+    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, -1)
+    return F.linear(F.silu(gate) * up, down, down_bias)
 
 
 def results(function, *inputs_and_dout):
@@ -39,11 +40,12 @@ def results(function, *inputs_and_dout):
     return out, *torch.autograd.grad(out, inputs, dout)
 
 
-def check(shape, dtype, device, tolerance):
-    given = case(shape, dtype, device)
+def check(shape, dtype, device, tolerance, biased=False):
+    given = case(shape, dtype, device, biased)
     got = results(swiglu.swiglu, *given)
     want = results(definition, *(x.double() for x in given))
-    for name, g, w in zip(("out", "dx", "dgate_up", "ddown"), got, want, strict=True):
+    names = ["out", "dx", "dgate_up", "ddown", "dgate_up_bias", "ddown_bias"]
+    for name, g, w in zip(names[: len(want)], got, want, strict=True):
         assert (g.dtype, g.shape) == (dtype, w.shape)
         assert g.is_contiguous()
         assert (g.double() - w).norm() <= tolerance * w.norm(), name
@@ -55,10 +57,53 @@ if not kernels.INTERPRETED:
     def test_in_the_interpreter():
         run_interpreted(__file__, "interpreted")
 
+    @pytest.mark.parametrize("biased", [False, True], ids=["no biases", "biases"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
-    def test_in_pytorch_they_are_those_of_the_definition(shape, dtype):
-        check(shape, dtype, "cpu", 2e-2 if dtype == torch.bfloat16 else 1e-13)
+    def test_in_pytorch_they_are_those_of_the_definition(shape, dtype, biased):
+        check(shape, dtype, "cpu", 2e-2 if dtype == torch.bfloat16 else 1e-13, biased)
+
+    def test_products_with_swiglu_inside_are_put_together_to_the_same(monkeypatch):
+        """What the package does, done here: an interleaved product, and the gradient of one."""
+
+        def forward(name, A, B, D, PostAct, concat_layout, **_):
+            assert (name, concat_layout) == ("gemm_act", ("B",))
+            D.copy_(A @ gated_products.interleaved(B[0]).mT)
+            PostAct.copy_(F.silu(D[..., ::2]) * D[..., 1::2])
+
+        def backward(name, A, B, Out, PreAct, PostAct, **_):
+            assert name == "gemm_dact"
+            with torch.enable_grad():
+                product = PreAct.detach().requires_grad_()
+                hidden = F.silu(product[..., ::2]) * product[..., 1::2]
+                hidden.backward(A @ B.mT)
+            Out.copy_(product.grad)
+            PostAct.copy_(hidden.detach())
+
+        monkeypatch.setattr(gated_products, "available", lambda *_: True)
+        monkeypatch.setattr(gated_products.FORWARD, "call", forward, raising=False)
+        monkeypatch.setattr(gated_products.BACKWARD, "call", backward, raising=False)
+        for shape in SHAPES:
+            check(shape, torch.float64, "cpu", 1e-13)
+
+    def test_products_that_cannot_be_built_are_not_used(monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (gated_products.HOPPER, 0))
+        for package in (gated_products.FORWARD, gated_products.BACKWARD):
+            monkeypatch.setattr(package, "missing", lambda: None, raising=False)
+            monkeypatch.setattr(package, "call", lambda *_, **__: 1 / 0, raising=False)
+        with pytest.warns(UserWarning, match="quack-kernels fails .ZeroDivisionError: division by zero"):
+            assert not gated_products._installed.__wrapped__(torch.device("cpu"), torch.bfloat16)
+
+    def test_no_rows_at_all():
+        x, gate_up, down, dout = case(SHAPES[3], torch.float64, "cpu")
+        out, dx, *weights = results(swiglu.swiglu, x[:0], gate_up, down, dout[:0])
+        assert (out.shape, dx.shape) == ((0, 16), (0, 16))
+        assert not any(grad.any() for grad in weights)
+
+    def test_a_tangent_is_refused_instead_of_lost():
+        x, gate_up, down, _ = case(SHAPES[1], torch.float64, "cpu")
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivatives"):
+            swiglu.swiglu(torch.autograd.forward_ad.make_dual(x, x), gate_up, down)
 
     def test_frozen_weights_and_second_derivatives():
         x, gate_up, down, dout = case(SHAPES[1], torch.float64, "cpu")
@@ -84,6 +129,7 @@ else:
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     def test_interpreted_they_are_those_of_the_definition(shape):
         check(shape, torch.float32, "cpu", 1e-6)
+        check(shape, torch.float32, "cpu", 1e-6, biased=True)
 
     def test_interpreted_strided_input_and_gradient():
         x, gate_up, down, dout = case(((4, 6), 8, 24, 8), torch.float32, "cpu")
@@ -100,9 +146,10 @@ else:
             torch.testing.assert_close(ours, theirs)
 
     def test_interpreted_operators_are_good_citizens():
-        x, gate_up, down, dout = case(SHAPES[1], torch.float32, "cpu")
         tests = ("test_schema", "test_faketensor", "test_autograd_registration")
-        inputs = tuple(t.requires_grad_() for t in (x, gate_up, down))
-        torch.library.opcheck(swiglu._swiglu, inputs, test_utils=tests)
-        product = swiglu._swiglu(*inputs)[1].detach()
-        torch.library.opcheck(swiglu._swiglu_backward, (dout, *inputs, product), test_utils=tests[:2])
+        for biased in (False, True):
+            *inputs, dout = case(SHAPES[1], torch.float32, "cpu", biased)
+            inputs = tuple(t.requires_grad_() for t in (*inputs, *[torch.empty(0)] * (2 * (not biased))))
+            torch.library.opcheck(swiglu._swiglu, inputs, test_utils=tests)
+            product = swiglu._swiglu(*inputs)[1].detach()
+            torch.library.opcheck(swiglu._swiglu_backward, (dout, *inputs[:4], product), test_utils=tests[:2])

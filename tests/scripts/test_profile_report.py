@@ -48,6 +48,8 @@ def test_kernels_are_summed_by_kind_and_overlaps_counted_once(written):
         ("forward_tensor", "depth forward"),
         ("ncclDevKernel_AllGather_RING_LL", "communication"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdam>", "optimizer and clipping"),
+        ("kernel_cutlass_kernel_quackgemm_dactGemmDGatedSm90_object_at__TiledMMA", "products with SwiGLU"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<...>", "copies of weights and gradients"),
         ("something_new", "other"),
     ],
 )
