@@ -7,7 +7,7 @@ of its own that runs real steps of train.py. Out: `training.json` in DIR after e
     --profile     look into the last step but one of each row: DIR/ROW.json.gz for scripts/profile_report.py
     --from FILE   shows an earlier `training.json` (several: a table for each machine and its versions, newest first, in
                   which rows of later files win)
-    --docs        writes the table into docs/benchmarks.md
+    --docs        writes the table into docs/benchmarks.md, and its picture
     --set KEY=VALUE   an override of train.py for all rows
 """
 
@@ -30,10 +30,11 @@ sys.path.insert(0, str(ROOT))
 from data.shards import write_atomically
 from models.config import ConfigError
 from scripts.page_section import PageSection
-from scripts.training_benchmark import rows, tables
+from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
 
 SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
+PICTURE = ROOT / "docs" / "images" / "training.png"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,8 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     groups = tables.merge(parts)
     print(tables.render(groups))
     if options.docs:
-        SECTION.replace(PAGE, tables.render(groups))
-        print(f"written: {PAGE}")
+        drawn = picture.draw(groups, PICTURE)
+        shown = [f"![Tokens a second and GPU](images/{PICTURE.name})"] if drawn else []
+        SECTION.replace(PAGE, "\n\n".join([*shown, tables.render(groups)]))
+        print(f"written: {PAGE}" + (f" and {drawn}" if drawn else ""))
     return 1 if any(group["failures"] for group in groups) else 0
 
 

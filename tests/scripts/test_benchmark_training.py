@@ -7,7 +7,7 @@ import pytest
 from scripts import benchmark_training
 from scripts.benchmark_training import main
 from scripts.estimate_memory import _config, largest_that_fits
-from scripts.training_benchmark import rows, tables
+from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import reason
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
@@ -79,13 +79,29 @@ def test_the_table_is_written_between_its_marks_in_the_documentation(tmp_path, m
     page = tmp_path / "page.md"
     page.write_text(f"before\n{benchmark_training.SECTION.begin}\nearlier\n{benchmark_training.SECTION.end}\nafter\n")
     monkeypatch.setattr(benchmark_training, "PAGE", page)
+    monkeypatch.setattr(benchmark_training, "PICTURE", tmp_path / "rows.png")
     (tmp_path / "training.json").write_text(json.dumps(results(olmo2_700m=100e3)))
     assert main(["--from", str(tmp_path / "training.json"), "--docs"]) == 0
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "| `olmo2_700m` |" in text
+    assert "![Tokens a second and GPU](images/rows.png)" in text
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")
     assert "earlier" not in text
+
+
+def test_the_picture_shows_the_newest_of_a_row_on_each_device_the_baseline_first(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(picture, "save", lambda figure, path: drawn.append(figure) or path)
+    rows = {"moda_700m/2-gpus": 75e3, "moda_700m": 80e3, "olmo2_700m": 100e3}
+    parts = [results(1, **rows), results(2, olmo2_700m=90e3, torch="3"), results(3, moda_700m=70e3, device="other GPU")]
+    assert picture.draw(tables.merge(parts), tmp_path / "rows.png") == tmp_path / "rows.png"
+    other, first = drawn[0].axes
+    assert [axes.get_title("left") for axes in (other, first)] == ["other GPU", "GPU"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["olmo2_700m", "moda_700m", "moda_700m/2-gpus"]
+    assert [bar.get_width() for bar in first.patches] == [90, 80, 75]
+    assert picture.draw([], tmp_path / "rows.png") is None
 
 
 def test_a_later_result_replaces_an_earlier_one_and_its_failure():
