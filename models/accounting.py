@@ -220,9 +220,10 @@ def memory(
     recomputed = 0 if activation_checkpointing == "none" else of_layers("none")[1] - of_one
     # At the end of backward every layer has left q, do, lse and delta for the slots below it.
     reader = tokens * config.num_heads * (2 * config.head_dim * width + 8) if config.depth_kv else 0
-    # Gradients of gate and up and of silu(gate) * up, and that itself once more (models.swiglu); gradients of three
-    # tensors of the residual stream; of the weights of a unit of FSDP2, and again in fp32 to be reduced.
-    block = tokens * (4 * config.intermediate_size + 3 * config.hidden_size) * width
+    # Gradients of gate and up, and silu(gate) * up once more (models.swiglu; its gradient, which is made without
+    # quack-kernels only, is not counted); gradients of three tensors of the residual stream; of the weights of a unit
+    # of FSDP2, and again in fp32 to be reduced.
+    block = tokens * (3 * config.intermediate_size + 3 * config.hidden_size) * width
     block += unit_parameters * (width + 4)
     at_a_time = 2 * unit_parameters if reshard_after_forward else parameters - root_parameters
     return Memory(
