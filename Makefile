@@ -25,7 +25,7 @@ test: $(ENV)
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@echo "== tests"
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 environment: $(ENV)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moda import kernels
 from moda.first_order import first_order
-from models.layers import at_least_fp32
+from models.kernels import at_least_fp32
 
 CHUNK_BYTES = 2**30  # of logits, at most: large products run at full speed, the buffer is small beside activations
 LEAST_TOKENS = 128  # of a chunk

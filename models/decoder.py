@@ -14,7 +14,8 @@ import moda
 from models.block import Block, DepthBlock
 from models.config import ModelConfig
 from models.cross_entropy import Loss, linear_cross_entropy
-from models.layers import RMSNorm, at_least_fp32, rotary_tables
+from models.kernels import at_least_fp32
+from models.layers import RMSNorm, rotary_tables
 
 
 class Decoder(nn.Module):

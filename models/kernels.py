@@ -1,4 +1,4 @@
-"""Where the Triton kernels of the layers run, and how they become operators: `models.norm_rotary`, `models.swiglu`."""
+"""What the operators of the layers share: where their Triton kernels run, how they are registered, their precision."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 
 from moda import kernels
 
 # A custom_op would check at every call, six of which a layer makes, that nothing is aliased, as tests do once.
 LIBRARY = torch.library.Library("models", "FRAGMENT")
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or as it is in float64."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.compiler.assume_constant_result

@@ -12,13 +12,9 @@ from torch import Tensor, nn
 
 from models import kernels, norm_rotary, swiglu
 from models.config import ModelConfig
+from models.kernels import at_least_fp32
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: [batch or 1, time, 1, head_dim / 2], fp32
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """`x` in fp32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moda.first_order import first_order, refuse_tangents
 from models import gated_products
-from models.kernels import LIBRARY, available, registered
+from models.kernels import LIBRARY, at_least_fp32, available, registered
 
 
 def swiglu(
@@ -94,7 +94,7 @@ def _hidden(product: Tensor) -> Tensor:
         from models.swiglu_kernel import forward
 
         return forward(product)
-    gate, up = _wide(product).chunk(2, -1)
+    gate, up = at_least_fp32(product).chunk(2, -1)
     return (F.silu(gate) * up).to(product.dtype)
 
 
@@ -104,14 +104,10 @@ def _product_gradient(dhidden: Tensor, product: Tensor) -> tuple[Tensor, Tensor]
         from models.swiglu_kernel import backward
 
         return backward(dhidden, product)
-    gate, up = _wide(product).chunk(2, -1)
-    silu, grad = F.silu(gate), _wide(dhidden)
+    gate, up = at_least_fp32(product).chunk(2, -1)
+    silu, grad = F.silu(gate), at_least_fp32(dhidden)
     dgate = torch.ops.aten.silu_backward(grad * up, gate)
     return torch.cat((dgate, grad * silu), -1).to(product.dtype), (silu * up).to(product.dtype)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 _swiglu = registered("swiglu", _forward, _forward_fake)
