@@ -55,6 +55,7 @@ class HostTimes:
 
     def __init__(self) -> None:
         self.spans: dict[str, list[waits.Span]] = defaultdict(list)
+        self.queued: list[float] = []  # when each step was
 
     def of(self, cause: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with a note of when it runs."""
@@ -100,23 +101,30 @@ def measure(overrides: list[str], out: Path) -> None:
         trainer._evaluate_and_record = host.of("evaluation", trainer._evaluate_and_record)  # type: ignore[method-assign]
         trainer.saver.save = host.of("checkpoint", trainer.saver.save)  # type: ignore[method-assign]
         look = profile(activities=[ProfilerActivity.CUDA])
-        trainer.after_step += [lambda step: look.start() if step == TRACED_FROM else None, timer]
+
+        def queued(step: int) -> None:
+            host.queued.append(time.time())
+            if step == TRACED_FROM:
+                look.start()
+
+        trainer.after_step += [queued, timer]
         with suppress(StepTimer.Enough):
             trainer.fit()
         look.stop()
         if world.is_main:
-            report(look, host.spans, timer.seconds(), out, world)
+            report(look, host, timer.seconds(), out, world)
 
 
-def report(look: profile, host: dict[str, list[waits.Span]], steps: list[float], out: Path, world: World) -> None:
+def report(look: profile, host: HostTimes, steps: list[float], out: Path, world: World) -> None:
     """Print the table; `steps`: seconds from each mark to the next, of which the first is that of step 2."""
     trace = out / "waits.json"
     look.export_chrome_trace(str(trace))
-    records = host["metrics"]
+    records = host.spans["metrics"]
     window = records[BEGIN // EVERY - 1][1], records[END // EVERY - 1][1]
-    found = waits.account(*waits.device_spans(trace), host, window)
+    found = waits.account(*waits.device_spans(trace), host.spans, host.queued, window)
     inside = {
-        cause: sum(window[0] <= begin and end <= window[1] for begin, end in host[cause]) for cause in waits.CAUSES
+        cause: sum(window[0] <= begin and end <= window[1] for begin, end in host.spans[cause])
+        for cause in waits.CAUSES
     }
     defaults = plan([]).jobs[0].config
     step_seconds = median(steps[BEGIN:END])

@@ -330,8 +330,10 @@ class Trainer:
         last = self.stop.signal is not None or self.state.step >= self.last_step
         with self.clock.paused():
             self.state.seconds = self.clock.elapsed
+            checkpoint = f"the checkpoint of step {self.state.step}"
+            self.watchdog.mark(f"the begin of {checkpoint}")
             self.saver.save(self.state, self.clock.stepping, delete_old=self.spikes.in_a_row == 0, last=last)
-            self.watchdog.mark(f"the checkpoint of step {self.state.step}")
+            self.watchdog.mark(checkpoint)
 
     def _finish(self) -> None:
         """After the last step of this process: a checkpoint where a signal asked for it, curves, summary."""

@@ -16,7 +16,8 @@ Span = tuple[float, float]  # begin and end, Unix time in seconds
 
 LEAST = 10e-6  # seconds of a gap that counts: kernels in a row begin 1 to 2 µs after each other
 LONG_COPY = 1e-3  # seconds: a copy to the host that takes longer is that of a checkpoint
-# A gap counts whole for the first of these that it meets.
+# A gap counts whole for the first of these that it meets. All but data leave a device that has nothing to do: they last
+# until the host has queued the next step.
 CAUSES = ("evaluation", "checkpoint", "metrics", "data")
 STEPS = "within steps"
 
@@ -54,16 +55,27 @@ def gaps(computing: list[Span], window: Span) -> list[Span]:
     return found
 
 
-def account(computing: list[Span], copies: list[Span], host: dict[str, list[Span]], window: Span) -> Waits:
-    """Each gap for its cause. `host`: by cause, when the host was at it; `copies`: of checkpoints, to the host."""
-    meets = {cause: list(host.get(cause, [])) for cause in CAUSES}
+def account(
+    computing: list[Span], copies: list[Span], host: dict[str, list[Span]], queued: list[float], window: Span
+) -> Waits:
+    """Each gap for its cause.
+
+    Args:
+        computing: in order of its begin.
+        copies: of checkpoints, to the host.
+        host: by cause, when the host was at it.
+        queued: when the host had queued each step.
+        window: which gaps count.
+    """
+    meets = {cause: [(begin, _next(queued, end)) for begin, end in host.get(cause, [])] for cause in CAUSES}
+    meets["data"] = host.get("data", [])
     meets["checkpoint"] += copies
     seconds: dict[str, float] = defaultdict(float)
     inside = 0.0
     for gap in gaps(computing, window):
         cause = next((c for c in CAUSES if any(_meet(gap, span) for span in meets[c])), STEPS)
         seconds[cause] += gap[1] - gap[0]
-        if any(begin < gap[0] and gap[1] < end for begin, end in meets["evaluation"]):
+        if any(begin < gap[0] and gap[1] < end for begin, end in host.get("evaluation", [])):
             inside += gap[1] - gap[0]
     return Waits(dict(seconds), inside, window[1] - window[0])
 
@@ -81,6 +93,10 @@ def table(waits: Waits, times: dict[str, int], every: dict[str, int], step_secon
         lines.append(f"| {cause} | {times[cause]} | {each * 1e3:.2f} | {interval} | {share:.3%} |")
     lines.append(f"| **all but those within steps** | | | | **{shares:.3%}** |")
     return "\n".join(lines)
+
+
+def _next(times: list[float], after: float) -> float:
+    return min((time for time in times if time > after), default=after)
 
 
 def _meet(a: Span, b: Span) -> bool:
