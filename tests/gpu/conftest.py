@@ -11,8 +11,8 @@ HERE = Path(__file__).parent
 
 def pytest_configure():
     """The first device of worker N is number N, and so on around: every test sees all of them, from another one on."""
-    worker, devices = os.environ.get("PYTEST_XDIST_WORKER", "gw0"), torch.cuda.device_count()
-    if devices > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+    worker, devices = os.environ.get("PYTEST_XDIST_WORKER"), torch.cuda.device_count()
+    if worker and devices > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
         first = int(worker.removeprefix("gw")) % devices
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(str((first + index) % devices) for index in range(devices))
 
