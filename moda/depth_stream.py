@@ -189,12 +189,12 @@ class DepthStream:
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype!r} cannot hold keys and values: use a floating dtype.")
         for name, size in sizes.items():
-            if size < 1:
+            if not _is_integer(size) or size < 1:
                 raise ValueError(f"{name}={size} cannot make a depth stream: use a positive integer.")
-        if recent_layers is not None and recent_layers < 1:
+        if recent_layers is not None and (not _is_integer(recent_layers) or recent_layers < 1):
             raise ValueError(f"recent_layers={recent_layers} reads nothing: use None (all layers) or at least 1.")
-        if first_layers < 0:
-            raise ValueError(f"first_layers={first_layers} is negative: use 0 or more.")
+        if not _is_integer(first_layers) or first_layers < 0:
+            raise ValueError(f"first_layers={first_layers} is no number of layers: use 0 or more.")
         self.num_layers, self.slots_per_layer = num_layers, slots_per_layer
         self.slot_shape = (batch, time, num_kv_heads, head_dim)
         self.dtype, self.device = dtype, torch.device(device)
@@ -366,6 +366,10 @@ class DepthStream:
                 "start and use it in one mode, and give checkpoint() use_reentrant=False."
             )
         return lease
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral | torch.SymInt)
 
 
 def _slots(stream: DepthStream, lease: _Lease, layer: int) -> reference.Slots:

@@ -66,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
             )
         return globals()[f"{options.command}_"](options)
+    except BrokenPipeError:  # what reads the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, UnsafeCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -164,8 +164,11 @@ class Inspection:
         for other in self.roots:  # validation of one dataset may stand in the training data of another
             finder.scan(TokenStream(other / "train"))
         found: Overlap = finder.report()
+        if not found.ngrams:
+            print(f"  {name}: no document is as long as {found.ngram} tokens: use a smaller --overlap")
+            return
         print(
-            f"  {name}: {found.found / max(found.ngrams, 1):.3%} of its {found.ngrams:,} {found.ngram}-grams occur in "
+            f"  {name}: {found.found / found.ngrams:.3%} of its {found.ngrams:,} {found.ngram}-grams occur in "
             f"training; {found.touched:,} of {found.documents:,} documents have one, "
             f"{found.covered:,} have half of theirs there"
         )

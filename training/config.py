@@ -46,6 +46,8 @@ class RunConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
         require(bool(self.name.strip()), "run.name", self.name, "use a name such as run.name=first")
+        outside = ".." in self.name.split("/") or self.name.startswith("/")
+        require(not outside, "run.name", self.name, "use a name, and run.dir for the place of the run directory")
         require(bool(self.dir.strip()), "run.dir", self.dir, "use a folder such as run.dir=runs/first")
 
 

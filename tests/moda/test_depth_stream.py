@@ -413,6 +413,10 @@ def test_arguments_of_another_type_get_one_sentence(call, error, words):
     ("change", "words"),
     [
         ({"num_layers": 0}, "num_layers=0"),
+        ({"num_layers": 2.5}, r"num_layers=2\.5"),
+        ({"time": "4"}, "time=4"),
+        ({"recent_layers": 1.5}, r"recent_layers=1\.5"),
+        ({"first_layers": None}, "first_layers=None"),
         ({"slots_per_layer": 0}, "slots_per_layer=0"),
         ({"recent_layers": 0}, "recent_layers=0"),
         ({"first_layers": -1}, "first_layers=-1"),

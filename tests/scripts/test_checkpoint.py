@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +68,16 @@ def test_inspect_shows_step_shapes_and_norms(saved, capsys):
     (row,) = [row for row in printed.splitlines() if row.split()[:1] == ["embedding.weight"]]
     assert row.split()[1:4] == ["128", "×", "32"]
     assert float(row.split()[-1]) == pytest.approx(norm, abs=1e-3)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(saved):
+    script = Path(__file__).parents[2] / "scripts" / "checkpoint.py"
+    command = [sys.executable, "-u", str(script), "inspect", str(saved)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(60) == 0
 
 
 def test_inspect_shows_nothing_of_a_damaged_checkpoint(run_dir, capsys):

@@ -39,6 +39,11 @@ def test_a_report_has_all_that_was_asked_for(folder, tmp_path, capsys):
     assert (tmp_path / "batch.png").stat().st_size > 5000
 
 
+def test_longer_n_grams_than_any_document_are_said_to_be(folder, capsys):
+    assert main([str(folder), "--overlap", "100000"]) == 0
+    assert "no document is as long as 100000 tokens: use a smaller --overlap" in capsys.readouterr().out
+
+
 def test_instances_are_shown_with_their_documents_and_the_order_of_a_run(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "corpus")
     assert main([str(tmp_path / "corpus"), "--sequence-length", "200", "--instances", "1", "--position", "7"]) == 0

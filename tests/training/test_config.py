@@ -27,6 +27,8 @@ def test_the_defaults_are_valid():
     ("key", "value"),
     [
         ("run.name", " "),
+        ("run.name", "../other"),
+        ("run.name", "/tmp/other"),
         ("run.dir", ""),
         ("training.skip_window", 3),
         ("training.skip_window", 10**12),  # no memory holds it
