@@ -336,7 +336,7 @@ class DepthStream:
         return _Finish.apply(handle, x)
 
     def _check_place(self, layer: int, slot: int) -> None:
-        if not isinstance(layer, (int, Integral)) or not isinstance(slot, (int, Integral)):
+        if not (_is_integer(layer) and _is_integer(slot)):
             raise TypeError(f"layer={layer!r} and slot={slot!r} must be integers.")
         if not 0 <= layer < self.num_layers or not 0 <= slot < self.slots_per_layer:
             raise ValueError(
