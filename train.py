@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
             return 75
         return 1 if isinstance(error, TrainingError) else 2
     except KeyboardInterrupt:
-        say("interrupted: the same command continues the last checkpoint")
+        say("interrupted: the same command continues the last checkpoint, if any")
         return 130
 
 

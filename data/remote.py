@@ -74,7 +74,7 @@ class _Remote:
             self.system, self.root = url_to_fs(address)
         except ImportError as error:
             raise DataError(f"data.path={address} needs a package ({error}): install it with pip.") from error
-        except ValueError as error:
+        except Exception as error:  # every kind of storage has errors of its own, and some connect here
             raise DataError(f"data.path={address} cannot be opened ({error}): look at the address.") from error
 
     def copy(self, cache: Path, say: Callable[[str], None]) -> Path:

@@ -106,13 +106,21 @@ def partial_path(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `path` in one step: a reader sees the old file, or none, or the whole new one, also after a power cut."""
+    """Write `path` in one step: a reader sees the old file, or none, or the whole new one, also after a power cut.
+
+    Raises OSError with `path` as its file name, and leaves nothing behind, where it cannot be written.
+    """
     partial = partial_path(path)
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def parse_manifest(content: bytes, path: str | Path) -> Manifest:

@@ -140,11 +140,15 @@ def slot_memory(place: Tensor) -> tuple[Tensor, Tensor] | None:
 
     That is so in a backward pass: a recomputation comes when the slot may hold sums of gradients.
     """
+    if not isinstance(place, Tensor) or place.shape != (2,) or place.dtype != torch.int64:
+        raise TypeError(f"place={place!r} must be what DepthStream.place has returned.")
     number, slot = place.tolist()
     lease = _leases.get(number)
     if lease is None or slot in lease.written or _in_backward():
         return None
     keys, values = lease.storage()
+    if not 0 <= slot < len(keys):
+        raise ValueError(f"place={place!r} names none of the {len(keys)} slots of its pass.")
     return _without_view(keys, slot), _without_view(values, slot)
 
 
@@ -195,6 +199,8 @@ class DepthStream:
             raise ValueError(f"recent_layers={recent_layers} reads nothing: use None (all layers) or at least 1.")
         if not _is_integer(first_layers) or first_layers < 0:
             raise ValueError(f"first_layers={first_layers} is no number of layers: use 0 or more.")
+        if first_layers and recent_layers is None:
+            raise ValueError(f"first_layers={first_layers} has no effect without recent_layers: give both, or neither.")
         self.num_layers, self.slots_per_layer = num_layers, slots_per_layer
         self.slot_shape = (batch, time, num_kv_heads, head_dim)
         self.dtype, self.device = dtype, torch.device(device)
@@ -305,10 +311,12 @@ class DepthStream:
         self._check_place(layer, 0)
         if layer in lease.read and not _in_backward():
             raise RuntimeError(f"Layer {layer} has read already in this pass: a layer reads once.")
-        if (*q.shape[:2], *k.shape[2:]) != self.slot_shape or k.dtype != self.dtype:
+        fits = (*q.shape[:2], *k.shape[2:]) == self.slot_shape and k.dtype == self.dtype
+        if not fits or k.device != lease.storage()[0].device:
             raise ValueError(
-                f"q {tuple(q.shape)} and k ({tuple(k.shape)}, {k.dtype}) must have batch and time, and heads, head_dim "
-                f"and dtype, of the stream's slots, {self.slot_shape}, {self.dtype}."
+                f"q {tuple(q.shape)} and k ({tuple(k.shape)}, {k.dtype}, {k.device}) must have batch and time, and "
+                f"heads, head_dim, dtype and device, of the stream's slots, {self.slot_shape}, {self.dtype}, "
+                f"{self.device}."
             )
         for start, stop in self.read_ranges(layer):
             if missing := [s for s in range(start, stop) if s not in lease.written]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCAB_MULTIPLE = 128  # embedding rows are padded to this, so that the output product has aligned shapes
+# Far beyond what can be trained: a slip, refused before anything is built or estimated for it.
+MOST_LAYERS, LARGEST_SIZE = 4096, 2**24
 NORMS = ("reordered", "pre", "post")
 ACTIVATION_CHECKPOINTING = ("none", "selective", "full")
 ATTENTION_BACKENDS = ("auto", "joined", "fused", "reference")  # of moda.attention
@@ -71,11 +73,13 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise `ConfigError` for the first field whose value cannot make a model."""
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
-            self._require(getattr(self, name) >= 1, name, "use a positive integer")
+            largest = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
+            self._require(1 <= getattr(self, name) <= largest, name, f"use an integer from 1 to {largest:,}")
         for name in ("norm_eps", "rope_theta", "init_std"):
             self._require(0 < getattr(self, name) < math.inf, name, "use a positive number")
         self._require(0 <= self.z_loss < math.inf, "z_loss", "use 0 (off) or a positive weight such as 1e-5")
-        self._require(self.vocab_size is None or self.vocab_size >= 2, "vocab_size", "use null or at least 2")
+        vocab_fits = self.vocab_size is None or 2 <= self.vocab_size <= LARGEST_SIZE
+        self._require(vocab_fits, "vocab_size", f"use null or an integer from 2 to {LARGEST_SIZE:,}")
         self._require(self.norm in NORMS, "norm", choices(NORMS))
         self._require(
             self.head_dim % 2 == 0,

@@ -29,7 +29,10 @@ BACKWARD = Package("quack.gemm_dact", {"gemm_dact": f"A B Out PreAct PostAct til
 
 
 def available(x: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the products of x [rows, in_features] with these weights, and this bias of the first, are done here."""
+    """Whether the products of x [rows, in_features] with these weights, and this bias of the first, are done here.
+
+    Forward and backward ask with what is the same in both: sizes, dtypes and devices.
+    """
     return (
         x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -37,8 +40,6 @@ def available(x: Tensor, gate_up: Tensor, down: Tensor, bias: Tensor | None = No
         and bias is None
         and len(x) > 0
         and not any(size % ALIGNMENT for size in (*gate_up.shape, *down.shape))
-        and gate_up.is_contiguous()
-        and down.is_contiguous()
         and _installed(x.device, x.dtype)
     )
 
@@ -67,7 +68,7 @@ def forward(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         FORWARD.call(
             "gemm_act",
             A=_aligned(x)[None],
-            B=_aligned(gate_up)[None],
+            B=_aligned(gate_up.contiguous())[None],
             D=product[None],
             C=None,
             PostAct=hidden[None],
@@ -90,7 +91,7 @@ def backward(dout: Tensor, down: Tensor, product: Tensor) -> tuple[Tensor, Tenso
         BACKWARD.call(
             "gemm_dact",
             A=_aligned(dout)[None],
-            B=_aligned(down).t()[None],
+            B=_aligned(down.contiguous()).t()[None],
             Out=dproduct[None],
             PreAct=product[None],
             PostAct=hidden[None],

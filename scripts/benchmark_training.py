@@ -34,6 +34,11 @@ from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
 
 SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
+# Folders of compiled kernels: of torch.compile, Triton, quack-kernels and flash-attn-4.
+CACHES = (
+    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
+    *("QUACK_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"),
+)
 PICTURE = ROOT / "docs" / "images" / "training.png"
 
 
@@ -112,7 +117,7 @@ def _measure(row: rows.Row, options: argparse.Namespace) -> dict[str, Any]:
         cold, warm = Path(folder) / "cold", Path(folder) / "warm"
         measured: dict[str, Any] = {}
         if options.cold:
-            for cache in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            for cache in CACHES:
                 environment[cache] = f"{folder}/{cache.lower()}"
             first = run_steps(overrides, gpus=row.gpus, steps=1, folder=cold, environment=environment)
             measured["cold_start_seconds"] = first["start_to_first_step_seconds"]

@@ -9,6 +9,7 @@ train.py's defaults. The trace, `waits.json` in DIR, opens in ui.perfetto.dev. T
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections import defaultdict
@@ -29,8 +30,10 @@ from models.config import ConfigError
 from scripts.training_benchmark import waits
 from scripts.training_benchmark.measure import StepTimer
 from training.compose import plan
+from training.config import TrainingError
 from training.distributed import World, distributed_world
 from training.preflight import checked
+from training.save_schedule import SaveSchedule
 from training.signals import stop_on_signals
 from training.trainer import Trainer
 from training.watchdog import Watchdog
@@ -38,7 +41,8 @@ from training.watchdog import Watchdog
 # Steps that count are those after the record of step BEGIN, to that of step END; both wait for the device.
 BEGIN, END, EVERY = 20, 110, 10
 TRACED_FROM = BEGIN - 2  # the profiler takes a while to start
-# One evaluation at step 50 and one at 100; a checkpoint at 104, which is not waited for before step 115.
+# Evaluations at steps 50 and 100; a checkpoint at 104, which is not waited for before step 115. Overrides change none
+# of these.
 RUN = [
     "training.steps=1000",
     "schedule.warmup_steps=100",
@@ -80,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not torch.cuda.is_available():
             raise ConfigError("a GPU is needed, whose kernels are looked at: none is available here.")
-        if (options.out / "run").exists():
+        if os.environ.get("RANK", "0") == "0" and (options.out / "run").exists():
             raise ConfigError(f"--out {options.out} holds a run already: give a new folder.")
         paths = [f"data.path={options.data.resolve()}", f"run.dir={options.out.resolve() / 'run'}"]
-        measure(["model=moda_700m", "training.global_batch_size=8", *RUN, *paths, *options.overrides], options.out)
-    except (ConfigError, DataError) as error:
+        batch = f"training.global_batch_size={8 * int(os.environ.get('WORLD_SIZE', '1'))}"
+        measure(["model=moda_700m", batch, *options.overrides, *RUN, *paths], options.out)
+    except (ConfigError, DataError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -126,11 +131,14 @@ def report(look: profile, host: HostTimes, steps: list[float], out: Path, world:
         cause: sum(window[0] <= begin and end <= window[1] for begin, end in host.spans[cause])
         for cause in waits.CAUSES
     }
+    if unseen := [cause for cause, times in inside.items() if not times]:
+        raise ConfigError(f"steps {BEGIN + 1} to {END} had no {', no '.join(unseen)}: leave away what keeps it out.")
     defaults = plan([]).jobs[0].config
+    saves = SaveSchedule(defaults.checkpoint.every, None, asynchronous=defaults.checkpoint.asynchronous)
     step_seconds = median(steps[BEGIN:END])
     intervals = {
         "evaluation": defaults.evaluation.every,
-        "checkpoint": defaults.checkpoint.every,
+        "checkpoint": saves.every - saves.lead,
         "metrics": defaults.logging.every,
         "data": 1,
         waits.STEPS: 1,

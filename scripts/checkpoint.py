@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.config import ConfigError
+from scripts.console import run
 from training.checkpoint import (
     ASIDE,
     MARKER,
     checkpoint_folders,
-    find_checkpoints,
+    newest_marked,
     prune,
     read_marker,
     size_in_bytes,
@@ -66,9 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
             )
         return globals()[f"{options.command}_"](options)
-    except BrokenPipeError:  # what reads the output has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except BrokenPipeError:
+        raise
     except (ConfigError, UnsafeCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -147,6 +147,8 @@ def copy_(options: argparse.Namespace) -> int:
     path = newest(options.path)
     if options.file.exists():
         raise ConfigError(f"{options.file} exists: name a new file.")
+    if not options.file.absolute().parent.is_dir():
+        raise ConfigError(f"{options.file} cannot be written (there is no such folder): name another file.")
     state = verify(path).state
     chosen = {
         name if options.all else name.removeprefix("model."): tensor
@@ -177,17 +179,22 @@ def prune_(options: argparse.Namespace) -> int:
         raise ConfigError(f"--keep {options.keep} cannot be used: keep at least 1.")
     if not checkpoint_folders(options.path):
         raise ConfigError(f"{options.path} has no checkpoints: give a run directory, as in runs/NAME.")
-    with run_lock(newest(options.path).parents[1]):
-        verify(newest(options.path))
+    with run_lock(newest_marked(options.path).parents[1]):
+        try:
+            verify(newest(options.path))
+        except ConfigError as error:
+            raise ConfigError(f"{error} Nothing is deleted: start the run once, which sets that one aside.") from error
         deleted = prune(options.path, options.keep)
     print("\n".join(f"deleted {path}" for path in deleted) or "nothing to delete")
     return 0
 
 
 def newest(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest one of the run in it. Raises ConfigError when there is none."""
-    found = find_checkpoints(path)
-    chosen = found[-1] if found else path
+    """`path` if it is a checkpoint, else the newest one of the run in it.
+
+    Raises ConfigError when there is none, or it is damaged.
+    """
+    chosen = newest_marked(path)
     read_marker(chosen)
     return chosen
 
@@ -207,4 +214,4 @@ def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

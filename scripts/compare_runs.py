@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.config import ConfigError
+from scripts.console import run
 from scripts.training_benchmark.process import StepsFailed, run_steps
 from training.compose import plan
 from training.metrics import Record, read_metrics
@@ -97,4 +98,4 @@ def table(pairs: list[Pair]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

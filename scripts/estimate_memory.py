@@ -19,6 +19,7 @@ import torch
 
 from models.accounting import Memory, describe
 from models.config import ACTIVATION_CHECKPOINTING, ConfigError
+from scripts.console import run
 from training.compose import plan
 from training.config import Config
 from training.memory_estimate import estimate
@@ -94,7 +95,7 @@ def _capacity(device_gb: float | None) -> float:
 def _config(overrides: list[str], gpus: int) -> Config:
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} cannot be used: use a positive integer.")
-    jobs = plan(overrides).jobs
+    jobs = plan([*overrides, "-m"]).jobs  # so that several values are known as a sweep
     if len(jobs) != 1:
         raise ConfigError("A sweep has several configurations: give the overrides of one of its runs.")
     config = jobs[0].config
@@ -105,4 +106,4 @@ def _config(overrides: list[str], gpus: int) -> Config:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

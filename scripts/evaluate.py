@@ -22,7 +22,8 @@ from eval.perplexity import PerplexityEvaluator
 from models.config import ConfigError
 from models.decoder import Decoder
 from models.parallelize import parallelize
-from training.checkpoint import MARKER, checkpoint_folders, load_checkpoint, verify
+from scripts.console import run
+from training.checkpoint import load_checkpoint, newest_marked, verify
 from training.compose import config_of_checkpoint
 from training.data import validation_folders
 from training.distributed import distributed_world
@@ -64,9 +65,11 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
         raise ConfigError("--device cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
     if options.json is not None and not options.json.parent.is_dir():
         raise ConfigError(f"--json {options.json} cannot be written: {options.json.parent} does not exist.")
+    if options.json is not None and (options.json.is_dir() or not os.access(options.json.parent, os.W_OK)):
+        raise ConfigError(f"--json {options.json} cannot be written: name a new file in a folder with access.")
     if options.data is not None and "://" not in options.data and not Path(options.data).is_dir():
         raise ConfigError(f"--data {options.data} is no folder: name a prepared shards directory.")
-    checkpoint = newest(options.checkpoint)
+    checkpoint = newest_marked(options.checkpoint)
     state = verify(checkpoint).state
     config = config_of_checkpoint(checkpoint, state.config)
     data = replace(config.data, path=options.data, mixture=[]) if options.data else config.data
@@ -100,12 +103,6 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
         return {"step": state.step} | (evaluator.evaluate(model, world.device) or {})
 
 
-def newest(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest one of the run in it, damaged or not."""
-    marked = [folder for folder in checkpoint_folders(path) if (folder / MARKER).is_file()]
-    return marked[-1] if marked else path
-
-
 def table(metrics: dict[str, float]) -> str:
     """A row a domain, aligned."""
     names = ("loss", "perplexity", "bits_per_byte")
@@ -119,4 +116,4 @@ def table(metrics: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -62,6 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs} cannot be used: inject at least 1 at a time.")
+    if options.kills is not None and options.kills < 1:
+        parser.error(f"--kills {options.kills} cannot be used: kill at least once.")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json} cannot be written: its folder does not exist.")
     faults = chosen(options.only, short=options.short)
     if not faults:
         parser.error(f"--only {options.only} names no fault: use words of {', '.join(FAULTS)}.")

@@ -38,6 +38,7 @@ from data.shards import (
 from data.statistics import statistics
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
+from scripts.console import run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return 1 if Inspection(options).run() else 0
+    except BrokenPipeError:
+        raise
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -255,4 +258,4 @@ class _Decoder:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

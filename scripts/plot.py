@@ -11,6 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.console import run
 from training.curves import draw_curves
 
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
         except (FileNotFoundError, NotADirectoryError):
             print(f"error: {run_dir} is not the folder of a run: it holds no metrics.jsonl.", file=sys.stderr)
             code = 2
+        except BrokenPipeError:
+            raise
         except OSError as error:
             print(
                 f"error: {error.filename} cannot be used ({error.strerror}): give access or make room there.",
@@ -38,4 +41,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.console import run
 from scripts.training_benchmark import trace
 
 
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         for argument in options.traces:
             label, _, path = argument.rpartition("=")
             profiles[label or Path(path).name.removesuffix(".json.gz")] = trace.read(Path(path))
+        if options.picture is not None and not options.picture.absolute().parent.is_dir():
+            raise ValueError(f"--picture {options.picture} cannot be written: its folder does not exist.")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -38,4 +41,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -56,6 +56,7 @@ MISTAKES = [
         "logging.wandb=offline",
         "logging.wandb=offline has the wrong type: use one of its keys, such as logging.wandb.mode.",
     ),
+    ("logging.profile.steps=[1.5]", "logging.profile.steps=[1.5] has the wrong type: use a list such as [10,20]."),
     ("logging.wandb.tags=a", "logging.wandb.tags=a has the wrong type: use a list such as [a,b]."),
     (
         "run.name='${model.nam}'",

@@ -118,6 +118,12 @@ def find_checkpoints(run_dir: Path, on_damage: Callable[[Path, str], None] = lam
     return whole
 
 
+def newest_marked(path: Path) -> Path:
+    """`path` if it is a checkpoint, else the newest one of the run in it, damaged or not."""
+    marked = [folder for folder in checkpoint_folders(path) if (folder / MARKER).is_file()]
+    return marked[-1] if marked else path
+
+
 def read_marker(path: Path, key: str = "") -> Marker:
     """The marker of a checkpoint, after a look at its files' sizes.
 

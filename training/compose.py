@@ -348,16 +348,19 @@ def _explained(error: BaseException) -> str:
         return f"{place}{key} refers to another value that cannot be used: {texts[-1].splitlines()[0]}."
     if key and re.search(r"convert|not Optional|nvalid type|nvalid value|not a valid", text):
         return place + _wrong_type(key, value)
+    if get_origin(_KEYS.get(override.partition("=")[0])) is list:
+        return place + _wrong_type(override.partition("=")[0], value)
     return " ".join(texts[0].partition("Config search path")[0].split())
 
 
 def _wrong_type(key: str, value: Any) -> str:
+    key = re.sub(r"\[\d+\]$", "", key)  # an element of a list is wrong where the list is
     hint = (_HYDRA_KEYS if key.startswith("hydra") else _KEYS).get(key)
     if is_dataclass(hint):
         example = next(other for other in (*_KEYS, *_HYDRA_KEYS) if other.startswith(f"{key}."))
         words = f"one of its keys, such as {example}"
     elif get_origin(hint) is list:
-        words = "a list such as [a,b]"
+        words = f"a list such as {_example_list(get_args(hint)[0])}"
     else:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         words = " or ".join(
@@ -365,6 +368,12 @@ def _wrong_type(key: str, value: Any) -> str:
             for kind in kinds
         )
     return f"{key}={value} has the wrong type: use {words}."
+
+
+def _example_list(element: Any) -> str:
+    if is_dataclass(element):
+        return f"[{{{', '.join(f'{field.name}: ...' for field in fields(element))}}}]"
+    return "[10,20]" if element is int else "[a,b]"
 
 
 def _unknown_key(key: str) -> str:

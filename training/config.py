@@ -19,6 +19,7 @@ PACKING = ("none", "best_fit")
 SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
 LARGEST_STEPS, LONGEST_TIMEOUT = 10**9, 1e9  # the latter about what a lock can wait, in seconds
+LONGEST_NAME = 255  # bytes of a file's name, on most systems
 LARGEST_WINDOW = 100_000  # steps: each step looks at all of them, on the device
 # Far beyond what can be trained: a slip, refused before anything is estimated, listed or allocated for it.
 LARGEST_BATCH, LARGEST_MICRO_BATCH, MOST_WORKERS = 2**20, 2**24, 256  # instances; tokens; threads
@@ -49,6 +50,8 @@ class RunConfig:
         outside = ".." in self.name.split("/") or self.name.startswith("/")
         require(not outside, "run.name", self.name, "use a name, and run.dir for the place of the run directory")
         require(bool(self.dir.strip()), "run.dir", self.dir, "use a folder such as run.dir=runs/first")
+        short = all(len(name.encode()) <= LONGEST_NAME for name in self.dir.split("/"))
+        require(short, "run.dir", self.dir, f"use names of at most {LONGEST_NAME} bytes, of run.name too")
 
 
 @dataclass

@@ -41,7 +41,8 @@ def what_would_fit(config: Config, world: World, capacity: int) -> str:
     )
     if not fitting:
         return f"{needed}: no micro-batch fits, so use more ranks, a shorter data.sequence_length or a smaller model."
-    return f"{needed}: what fits is {', or '.join(fitting)}. The same command with it continues the last checkpoint."
+    remedies = ", or ".join(fitting)
+    return f"{needed}: what fits is {remedies}. The same command with it continues the last checkpoint, if any."
 
 
 def explain(error: torch.OutOfMemoryError, config: Config, world: World) -> str:

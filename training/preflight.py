@@ -42,7 +42,10 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
     Raises `ConfigError` for a value that does not fit the data or the machine, `DataError` for data that is missing or
     damaged.
     """
-    _check_paths(config)
+    try:
+        _check_paths(config)
+    except OSError as error:
+        raise ConfigError(f"run.dir={config.run.dir} cannot be used ({error.strerror}): use another folder.") from error
     stream = _check_data(config, say)
     vocab_size = _vocab_size(config, stream)
     _check_packages(config)

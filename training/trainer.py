@@ -108,7 +108,7 @@ def _explained(config: Config, world: World) -> Iterator[None]:
     except OSError as error:
         raise RankError(
             f"{error.filename or config.run.dir} cannot be used ({error.strerror or error}): make room or give access "
-            "there, and the same command continues the last checkpoint."
+            "there, and the same command continues the last checkpoint, if any."
         ) from error
 
 
@@ -330,10 +330,8 @@ class Trainer:
         last = self.stop.signal is not None or self.state.step >= self.last_step
         with self.clock.paused():
             self.state.seconds = self.clock.elapsed
-            checkpoint = f"the checkpoint of step {self.state.step}"
-            self.watchdog.mark(f"the begin of {checkpoint}")
             self.saver.save(self.state, self.clock.stepping, delete_old=self.spikes.in_a_row == 0, last=last)
-            self.watchdog.mark(checkpoint)
+            self.watchdog.mark(f"the checkpoint of step {self.state.step}")
 
     def _finish(self) -> None:
         """After the last step of this process: a checkpoint where a signal asked for it, curves, summary."""

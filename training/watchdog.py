@@ -258,7 +258,7 @@ class Watchdog(Watch):
         except OSError as error:
             traces = f"no stack traces ({_one_line(error)})"
         if os.environ.get("LOCAL_RANK", "0") == "0" or self._world.rank == 0 or verdict.startswith("rank 0"):
-            text = f"error: {verdict}; {traces}. The same command continues the last checkpoint.\n"
+            text = f"error: {verdict}; {traces}. The same command continues the last checkpoint, if any.\n"
             with suppress(OSError):  # standard error may go to a full disk: that keeps no rank from ending
                 sys.stderr.write(text)
                 sys.stderr.flush()

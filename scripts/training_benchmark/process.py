@@ -49,7 +49,7 @@ def run_steps(
     result = folder / "result.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
-    command += [str(result), str(steps), str(time.time()), *QUIET, f"run.dir={folder / 'run'}", *overrides]
+    command += [str(result), str(steps), str(time.time()), *QUIET, *overrides, f"run.dir={folder / 'run'}"]
     try:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -67,15 +67,16 @@ def read(path: Path) -> Profile:
     try:
         content = path.read_bytes()
         events = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)["traceEvents"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        device = [event for event in events if event.get("ph") == "X" and event.get("cat") in DEVICE]
+        times = [(event["name"], event["ts"] / 1e3, event["dur"] / 1e3) for event in device]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a trace ({error!r}): give a step-N-rank-R.json.gz.") from None
     kernels: dict[str, tuple[int, float]] = {}
     spans = []
-    for event in events:
-        if event.get("ph") == "X" and event.get("cat") in DEVICE:
-            calls, time = kernels.get(event["name"], (0, 0.0))
-            kernels[event["name"]] = (calls + 1, time + event["dur"] / 1e3)
-            spans.append((event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3))
+    for name, begin, duration in times:
+        calls, time = kernels.get(name, (0, 0.0))
+        kernels[name] = (calls + 1, time + duration)
+        spans.append((begin, begin + duration))
     if not spans:
         raise ValueError(f"{path} holds no kernels of a GPU: profile a run on one.")
     return Profile(max(end for _, end in spans) - min(begin for begin, _ in spans), _covered(spans), kernels)

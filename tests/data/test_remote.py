@@ -164,3 +164,12 @@ def test_a_cache_that_cannot_be_written_and_an_unknown_storage_are_one_sentence(
         opened(address, tmp_path / "file")
     with pytest.raises(DataError, match=r"data\.path=nowhere://x cannot be opened"):
         opened("nowhere://x", tmp_path)
+
+
+def test_an_address_that_cannot_be_connected_to_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    def refused(address):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", refused)
+    with pytest.raises(DataError, match=r"data\.path=ftp://nowhere/x cannot be opened \(Name or service not known\)"):
+        opened("ftp://nowhere/x", tmp_path)

@@ -21,6 +21,7 @@ from data.shards import (
     validation_domains,
     verify_checksums,
     verify_checksums_once,
+    write_atomically,
 )
 
 EOS = 9
@@ -269,3 +270,15 @@ def test_validation_domains_are_sorted_and_an_unfinished_one_is_an_error(tmp_pat
     (tmp_path / "validation" / "news" / "manifest.json").unlink()
     with pytest.raises(DataError, match=r"validation/news"):
         validation_domains(tmp_path)
+
+
+def test_a_file_that_cannot_be_written_is_named_and_nothing_of_it_stays(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"old")
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_atomically(tmp_path / "file", b"new")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]

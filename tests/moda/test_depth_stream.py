@@ -391,6 +391,22 @@ def test_writes_that_do_not_fit_get_one_sentence(layer, slot, k, v, words):
         stream.write(stream.start(), layer, slot, k, v)
 
 
+def test_a_read_from_another_device_is_refused():
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="device, of the stream's slots"):
+        stream.attend(stream.start(), 0, *[SLOT.to("meta")] * 3)
+
+
+def test_what_names_no_slot_is_refused():
+    stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
+    place = stream.place(stream.start(), 0, 1)
+    for wrong in (3, torch.zeros(3), place.float()):
+        with pytest.raises(TypeError, match="must be what DepthStream"):
+            moda.slot_memory(wrong)
+    with pytest.raises(ValueError, match="names none of the 6 slots"):
+        moda.slot_memory(place + torch.tensor((0, 98)))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
@@ -417,6 +433,7 @@ def test_arguments_of_another_type_get_one_sentence(call, error, words):
         ({"time": "4"}, "time=4"),
         ({"recent_layers": 1.5}, r"recent_layers=1\.5"),
         ({"first_layers": None}, "first_layers=None"),
+        ({"first_layers": 1}, "first_layers=1 has no effect without recent_layers"),
         ({"slots_per_layer": 0}, "slots_per_layer=0"),
         ({"recent_layers": 0}, "recent_layers=0"),
         ({"first_layers": -1}, "first_layers=-1"),

@@ -77,7 +77,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(saved):
     process.stdout.readline()
     process.stdout.close()
     assert process.stderr.read() == ""
-    assert process.wait(60) == 0
+    assert process.wait(60) == 141
 
 
 def test_inspect_shows_nothing_of_a_damaged_checkpoint(run_dir, capsys):
@@ -123,6 +123,19 @@ def test_prune_keeps_the_newest(run_dir, capsys):
     assert capsys.readouterr().out.count("deleted") == 2
     assert [path.name for path in find_checkpoints(run_dir)] == ["step-6"]
     assert main(["prune", str(run_dir), "--keep", "0"]) == 2
+
+
+@pytest.mark.parametrize("size", ["the same", "smaller"])
+def test_the_newest_is_meant_damaged_or_not_and_prune_says_how_to_go_on(size, run_dir, tmp_path, capsys):
+    file = max((run_dir / "checkpoints" / "step-6").glob("*.distcp"), key=os.path.getsize)
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content if size == "the same" else content[:100])
+    for command in (["inspect"], ["copy", str(tmp_path / "new")], ["prune", "--keep", "1"]):
+        assert main([command[0], str(run_dir), *command[1:]]) == 2
+        assert "step-6 is damaged" in (said := capsys.readouterr().err)
+    assert "Nothing is deleted: start the run once, which sets that one aside." in said
+    assert len(find_checkpoints(run_dir)) == (3 if size == "the same" else 2)
 
 
 def test_damaged_checkpoints_that_were_set_aside_are_listed_and_pruned_but_for_the_newest(run_dir, capsys):

@@ -30,6 +30,7 @@ def test_the_defaults_are_valid():
         ("run.name", "../other"),
         ("run.name", "/tmp/other"),
         ("run.dir", ""),
+        ("run.dir", "runs/" + 300 * "n"),
         ("training.skip_window", 3),
         ("training.skip_window", 10**12),  # no memory holds it
         ("training.global_batch_size", 4 * 10**12),
@@ -37,6 +38,9 @@ def test_the_defaults_are_valid():
         ("data.sequence_length", 10**9),
         ("data.workers", 100_000),
         ("model.num_layers", 0),
+        ("model.num_layers", 100_000),
+        ("model.hidden_size", 10**9),
+        ("model.vocab_size", 10**12),
         ("model.num_kv_heads", 3),
         ("model.head_dim", 63),
         ("model.norm", "layer"),
