@@ -221,7 +221,10 @@ def test_a_mixture_is_written_on_the_command_line_and_kept_in_the_run_directory(
         ("data.mixture=[{path: a, wieght: 1}]", "unknown key `data.mixture[].wieght`: did you mean"),
         ("data.mixture=[{path: a, weight: much}]", "data.mixture[].weight=much has the wrong type: use a number."),
         ("data.mixture=a", "data.mixture=a has the wrong type: use a list such as"),
-        ("data.mixture={path: a}", "has the wrong type: use a list such as [{path: ..., weight: ...}]."),
+        (
+            "data.mixture={path: a}",
+            "data.mixture={path: a} has the wrong type: use a list such as [{path: ..., weight: ...}].",
+        ),
     ],
 )
 def test_a_mistake_in_a_mixture_is_one_sentence(typed, message):
