@@ -36,9 +36,10 @@ from data.shards import (
     verify_checksums,
 )
 from data.statistics import statistics
+from scripts.console import run
 
 PICTURES = (".png", ".pdf", ".svg", ".jpg")
-from scripts.console import run
+MOST_INSTANCES = 100_000  # shown by one command
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,6 +88,8 @@ class Inspection:
         for name, least in (("instances", 0), ("position", 0), ("overlap", 0), ("windows", 0)):
             if getattr(options, name) < least:
                 raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")
+        if options.instances > MOST_INSTANCES:
+            raise DataError(f"--instances {options.instances} cannot be used: use at most {MOST_INSTANCES:,}.")
         if options.picture is not None and not options.picture.absolute().parent.is_dir():
             raise DataError(f"--picture {options.picture} cannot be written: its folder does not exist.")
         if options.picture is not None and options.picture.suffix.lower() not in PICTURES:

@@ -204,6 +204,7 @@ def _ladder(part: dict[str, Any]) -> str:
     note = (
         f"T = {paper.TABLE_7_TIME}, G = {paper.TABLE_7_GROUP}, L = {paper.TABLE_7_SLOTS}, 8 kv heads of 64, bf16, "
         "forward and backward. The three layouts between run in FlexAttention, as steps to measure, each checked first."
+        " In the flat one every query meets the slots of all tokens, masked; plain PyTorch computes its own alone."
     )
     return "\n\n".join([note, markdown(["layout", "ms", "÷ ours", "paper (A100), ms"], rows)])
 

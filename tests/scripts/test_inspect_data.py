@@ -119,6 +119,7 @@ def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsy
     [
         (["nowhere"], "nowhere/train does not exist"),
         (["{folder}=much"], "write PATH=WEIGHT with a number"),
+        (["{folder}", "--instances", "1000000000"], "--instances 1000000000 cannot be used: use at most 100,000"),
         (["{folder}=-1", "--windows", "5", "--sequence-length", "16"], "weight of -1.0"),
         (["{folder}", "--instances", "-3"], "--instances -3 cannot be used"),
         (["{folder}", "--picture", "no/where/x.png"], "--picture no/where/x.png cannot be written"),
