@@ -216,7 +216,7 @@ class CheckpointSaver:
 
         Every rank gives one mark a stage, so that one which does not come to it has fewer.
         """
-        self._watch.mark(f"the wait for the checkpoint of step {self._writing_step}")
+        self._watch.mark(f"the begin of the wait for the checkpoint of step {self._writing_step}")
         blocks, marked = self._blocks, 0
         while marked < len(STAGES):
             done = futures.wait([writing], timeout=WAIT_SECONDS).done

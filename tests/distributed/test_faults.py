@@ -121,7 +121,8 @@ ChecksummedWriter.write_data = write_data
         _, err, _ = ended(process)
     finally:
         process.kill()
-    assert re.search(r"all ranks wait for rank 1 \(process \d+ on .*\) \(after the checkpoint of step 3\)", err), err
+    place = "after the begin of the wait for the checkpoint of step 3"
+    assert re.search(rf"all ranks wait for rank 1 \(process \d+ on .*\) \({place}\)", err), err
     assert "write_data" in (tmp_path / "run" / "stacks" / "rank-1.txt").read_text()
 
 

@@ -399,7 +399,8 @@ def test_a_read_from_another_device_is_refused():
 
 def test_what_names_no_slot_is_refused():
     stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
-    place = stream.place(stream.start(), 0, 1)
+    handle = stream.start()  # which keeps the pass
+    place = stream.place(handle, 0, 1)
     for wrong in (3, torch.zeros(3), place.float()):
         with pytest.raises(TypeError, match="must be what DepthStream"):
             moda.slot_memory(wrong)

@@ -36,7 +36,7 @@ def test_a_write_that_stands_still_while_training_waits_is_a_hang(shards, tmp_pa
     monkeypatch.setattr(storage.ChecksummedWriter, "write_data", write_data)
     monkeypatch.setattr(watchdog.Watchdog, "_end", end)
     train(config)
-    assert verdicts[0] == "no progress for 2 s at the wait for the checkpoint of step 2"
+    assert verdicts[0] == "no progress for 2 s at the begin of the wait for the checkpoint of step 2"
 
 
 def test_a_write_that_gets_on_is_none(monkeypatch):
@@ -67,7 +67,7 @@ def test_a_write_that_gets_on_is_none(monkeypatch):
     waiting._busy()
     until(lambda: seen.times_busy == 1)
     waiting._stage_done()
-    places = [f"{what} of step 3" for what in ("the wait for the checkpoint", *saver.STAGES)]
+    places = [f"{what} of step 3" for what in ("the begin of the wait for the checkpoint", *saver.STAGES)]
     until(lambda: seen.marks == places[:2])
     writing.set_result(None)
     thread.join()
