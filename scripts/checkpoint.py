@@ -171,7 +171,7 @@ def copy_(options: argparse.Namespace) -> int:
 
 
 def prune_(options: argparse.Namespace) -> int:
-    """Delete old checkpoints, and damaged ones but the newest, once the newest whole one was verified.
+    """Delete old checkpoints, and those set aside but the newest, once the newest checkpoint was verified.
 
     No run may be going on there.
     """

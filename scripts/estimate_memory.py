@@ -95,7 +95,7 @@ def _capacity(device_gb: float | None) -> float:
 def _config(overrides: list[str], gpus: int) -> Config:
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} cannot be used: use a positive integer.")
-    jobs = plan([*overrides, "-m"]).jobs  # so that several values are known as a sweep
+    jobs = plan(overrides).jobs
     if len(jobs) != 1:
         raise ConfigError("A sweep has several configurations: give the overrides of one of its runs.")
     config = jobs[0].config

@@ -45,11 +45,13 @@ def run_steps(
     overrides: Sequence[str], *, gpus: int, steps: int, folder: Path, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Do `steps` steps in the new folder `folder` and return the results of `measure`. Raises StepsFailed."""
+    if own := [override for override in overrides if override.lstrip("+").startswith("run.dir=")]:
+        raise StepsFailed(f"{own[0]} cannot be used: the run directory is one of this script's own.", "")
     folder.mkdir(parents=True)
     result = folder / "result.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
-    command += [str(result), str(steps), str(time.time()), *QUIET, *overrides, f"run.dir={folder / 'run'}"]
+    command += [str(result), str(steps), str(time.time()), *QUIET, f"run.dir={folder / 'run'}", *overrides]
     try:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:

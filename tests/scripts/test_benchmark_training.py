@@ -8,7 +8,7 @@ from scripts import benchmark_training
 from scripts.benchmark_training import main
 from scripts.estimate_memory import _config, largest_that_fits
 from scripts.training_benchmark import picture, rows, tables
-from scripts.training_benchmark.process import reason
+from scripts.training_benchmark.process import StepsFailed, reason, run_steps
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set=data.sequence_length=16"]
@@ -34,6 +34,12 @@ def test_a_row_is_measured_and_one_that_fails_says_why_without_losing_the_other(
     shown = capsys.readouterr().out
     assert "| `moda_700m` | 1 × 2 × 16 |" in shown
     assert "- `broken`: " in shown
+
+
+def test_no_other_run_is_written_into(tmp_path):
+    with pytest.raises(StepsFailed, match=r"run\.dir=.* cannot be used: the run directory is one of this script's own"):
+        run_steps([f"run.dir={tmp_path / 'precious'}"], gpus=1, steps=1, folder=tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):

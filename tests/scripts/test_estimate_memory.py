@@ -20,7 +20,7 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(batch):
 
 
 def test_a_configuration_that_fits_and_one_that_does_not(capsys):
-    small = ["model=olmo2_tiny", "model.vocab_size=4096"]
+    small = ["model=olmo2_tiny", "model.vocab_size=4096", "run.dir=runs/x"]  # as for train.py
     assert main([*small, "--device-gb", "80", PLAIN]) == 0  # overrides may follow options
     shown = capsys.readouterr().out
     assert "This fits 80 GB" in shown

@@ -47,7 +47,7 @@ def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, ca
         (["{run}", "--instances", "-3"], "--instances -3"),
         (["{run}", "--micro-batch-size", "0"], "--micro-batch-size 0"),
         (["{run}", "--json", "/nowhere/x.json"], "/nowhere does not exist"),
-        (["{run}", "--json", "/tmp"], "--json /tmp cannot be written"),
+        (["{run}", "--json", "{run}"], "cannot be written: name a new file"),
     ],
 )
 def test_what_cannot_be_evaluated_is_one_sentence(run_dir, tmp_path, capsys, arguments, words):

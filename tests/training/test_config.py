@@ -28,7 +28,7 @@ def test_the_defaults_are_valid():
     [
         ("run.name", " "),
         ("run.name", "../other"),
-        ("run.name", "/tmp/other"),
+        ("run.name", "/other"),
         ("run.dir", ""),
         ("run.dir", "runs/" + 300 * "n"),
         ("training.skip_window", 3),
