@@ -9,8 +9,12 @@ import pytest
 
 from scripts.console import run
 
+# A shell's background jobs ignore Ctrl-C, and what they start does too: what is tested is what comes of it elsewhere.
 ENDLESS = """
+import signal
 from scripts.console import run
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def main():
     while True:
