@@ -5,8 +5,9 @@ backward. The product of gate and up has its columns *interleaved* here, gate 0,
 holds both of a column; the weight is read as it lies.
 
 Tiles are the fastest of 16, or within 1 %, for 32,768 tokens of the 700M and 1.5B models on an H200
-(docs/benchmarks.md); kernels are built at the first call, in seconds, and kept on disk. The sums run in a fixed order:
-the same inputs, the same bits.
+(docs/benchmarks.md); kernels are built at the first call, in seconds, and kept on disk. A counter hands the tiles out:
+NCCL's kernels hold some multiprocessors at times, and tiles dealt beforehand would wait for those. The sums run in a
+fixed order, wherever a tile is done: the same inputs, the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from moda.packages import Package
 
 HOPPER = 9  # compute capability that the tiles were timed on
 ALIGNMENT = 16  # bytes that a tensor starts at a multiple of; in columns of 2 bytes, twice what the loads need
-_TILES = "tile_M tile_N cluster_M cluster_N pingpong"
+_TILES = "tile_M tile_N cluster_M cluster_N pingpong is_dynamic_persistent"
 FORWARD = Package(
     "quack.gemm_act", {"gemm_act": f"A B D C PostAct tile_count_semaphore activation {_TILES} concat_layout"}
 )
@@ -72,13 +73,14 @@ def forward(x: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
             D=product[None],
             C=None,
             PostAct=hidden[None],
-            tile_count_semaphore=None,
+            tile_count_semaphore=_counter(product),
             activation="swiglu",
             tile_M=128,
             tile_N=192,
             cluster_M=2,
             cluster_N=1,
             pingpong=True,
+            is_dynamic_persistent=True,
             concat_layout=("B",),
         )
     return product, hidden
@@ -95,13 +97,14 @@ def backward(dout: Tensor, down: Tensor, product: Tensor) -> tuple[Tensor, Tenso
             Out=dproduct[None],
             PreAct=product[None],
             PostAct=hidden[None],
-            tile_count_semaphore=None,
+            tile_count_semaphore=_counter(product),
             activation="swiglu",
             tile_M=128,
             tile_N=128,
             cluster_M=1,
             cluster_N=2,
             pingpong=True,
+            is_dynamic_persistent=True,
         )
     return dproduct, hidden
 
@@ -117,6 +120,11 @@ def side_by_side(weight: Tensor) -> Tensor:
     # Four times as fast as a copy of every second row.
     torch.split_with_sizes_copy(pairs, [weight.shape[1]] * 2, 1, out=result.chunk(2))
     return result
+
+
+def _counter(x: Tensor) -> Tensor:
+    """Of tiles, for one call: on another stream a second could count at the same time."""
+    return x.new_zeros(1, dtype=torch.int32)
 
 
 def _aligned(x: Tensor) -> Tensor:
