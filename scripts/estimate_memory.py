@@ -1,8 +1,8 @@
 """Does a configuration fit a GPU: `python scripts/estimate_memory.py model=moda_700m [--gpus 8] [--device-gb 141]`.
 
 In: overrides of train.py; no data and no GPU are needed. Out: parameters, operations and memory of a rank item by item,
-and for each kind of activation checkpointing the largest micro-batch that fits. Exit status 1 when the configuration
-itself does not.
+and for each kind of activation checkpointing the largest micro-batch that fits; of a sweep (`-m`), the memory of each
+run. Exit status 1 when the configuration itself, or one of them, does not fit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from models.accounting import Memory, describe
+from models.accounting import Memory, count_parameters, describe
 from models.config import ACTIVATION_CHECKPOINTING, ConfigError
 from scripts.console import run
 from training.compose import plan
@@ -32,15 +32,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the estimate. Returns the exit status: 0 fits, 1 does not, 2 for a mistake."""
     parser = argparse.ArgumentParser(description="Memory of a training run on a rank, before it is started.")
     parser.add_argument("overrides", nargs="*", help="as for train.py: model=moda_700m training.micro_batch_size=8 ...")
+    parser.add_argument("-m", "--multirun", action="store_true", help="a row for each run of a sweep, as train.py -m")
     parser.add_argument("--gpus", type=int, default=1, help="ranks of the run")
     parser.add_argument("--device-gb", type=float, help="memory of a GPU in 10^9 bytes (default: of this machine's)")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
         capacity = _capacity(options.device_gb)
-        config = _config(options.overrides, options.gpus)
+        configs = _configs(options.overrides, options.gpus, options.multirun)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if options.multirun or len(configs) > 1:
+        return _sweep(configs, options.gpus, capacity)
+    (config,) = configs.values()
     held = on_gpu(config, options.gpus)
     print(describe(config.model, config.data.sequence_length, held))
     fits = held.total <= USABLE * capacity
@@ -92,17 +96,39 @@ def _capacity(device_gb: float | None) -> float:
     return device_gb * 1e9 if device_gb else float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _config(overrides: list[str], gpus: int) -> Config:
+def _configs(overrides: list[str], gpus: int, multirun: bool = False) -> dict[str, Config]:
+    """The configurations of the runs, by what tells them apart."""
     if gpus < 1:
         raise ConfigError(f"--gpus {gpus} cannot be used: use a positive integer.")
-    jobs = plan(overrides).jobs
-    if len(jobs) != 1:
-        raise ConfigError("A sweep has several configurations: give the overrides of one of its runs.")
-    config = jobs[0].config
-    config.validate(gpus)
-    if config.model.vocab_size is None:
-        raise ConfigError("model.vocab_size=null is known with the data only: give a number, as in 100278 (dolma2).")
-    return config
+    configs = {job.label: job.config for job in plan(["-m", *overrides] if multirun else overrides).jobs}
+    for label, config in configs.items():
+        try:
+            config.validate(gpus)
+            if config.model.vocab_size is None:
+                raise ConfigError(
+                    "model.vocab_size=null is known with the data only: give a number, as in 100278 (dolma2)."
+                )
+        except ConfigError as error:
+            raise ConfigError(f"{label}: {error}" if label else str(error)) from error
+    return configs
+
+
+def _sweep(configs: dict[str, Config], gpus: int, capacity: float) -> int:
+    """Print a row for each run. Returns 1 when one of them does not fit."""
+    print(
+        f"| run | parameters | memory of a rank | fits {capacity / 1e9:.0f} GB, of which {USABLE:.0%} are counted on |"
+    )
+    print("|---|---|---|---|")
+    status = 0
+    for label, config in configs.items():
+        held, parameters = on_gpu(config, gpus), count_parameters(config.model).total
+        fits = held.total <= USABLE * capacity
+        print(
+            f"| {label} | {parameters / 1e6:,.1f} M | {held.total / 1e9:.1f} GB | {'yes' if fits else 'no'} |",
+            flush=True,
+        )
+        status |= not fits
+    return int(status)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,15 @@
 
 import pytest
 
-from scripts.estimate_memory import USABLE, _config, largest_that_fits, main, on_gpu, sized
+from scripts.estimate_memory import USABLE, _configs, largest_that_fits, main, on_gpu, sized
 
 PLAIN = "parallel.compile=false"
 
 
 @pytest.mark.parametrize("batch", [16, 1024])  # one micro-batch a step, and several
 def test_the_largest_micro_batch_fits_and_one_more_does_not(batch):
-    config = _config(
-        ["model=moda_700m", PLAIN, "training.micro_batch_size=8", f"training.global_batch_size={batch}"], 2
-    )
+    arguments = ["model=moda_700m", PLAIN, "training.micro_batch_size=8", f"training.global_batch_size={batch}"]
+    (config,) = _configs(arguments, 2).values()
     largest = largest_that_fits(config, 2, "full", 60e9)
     assert largest > 8
     assert on_gpu(sized(config, 2, largest), 2, "full").total <= 1.02 * USABLE * 60e9
@@ -29,6 +28,19 @@ def test_a_configuration_that_fits_and_one_that_does_not(capsys):
     assert "This does not fit" in capsys.readouterr().out
 
 
+def test_the_runs_of_a_sweep_are_rows(capsys):
+    swept = ["-m", "model=olmo2_tiny", "model.vocab_size=4096", "training.micro_batch_size=1,16", PLAIN]
+    assert main([*swept, "--device-gb", "80"]) == 0
+    title, _, small, large = capsys.readouterr().out.splitlines()
+    assert "fits 80 GB" in title
+    assert small.startswith("| training.micro_batch_size=1 |")
+    assert large.startswith("| training.micro_batch_size=16 |")
+    assert [row.split("|")[-2] for row in (small, large)] == [" yes ", " yes "]
+    small, large = (float(row.split("|")[3].removesuffix(" GB ")) for row in (small, large))
+    assert main([*swept, "--device-gb", str((small + large) / 2)]) == 1
+    assert [row.split("|")[-2] for row in capsys.readouterr().out.splitlines()[2:]] == [" yes ", " no "]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -38,6 +50,8 @@ def test_a_configuration_that_fits_and_one_that_does_not(capsys):
         (["model=moda_700m", "--device-gb", "inf"], "--device-gb inf cannot be used"),
         (["model=moda_700m", "--device-gb", "80", "--gpus", "0"], "--gpus 0 cannot be used"),
         (["model=moda_700m", "--device-gb", "80", "--gpus", "3"], "is not divisible by"),
+        (["model=moda_700m,olmo2_700m", "--device-gb", "80"], "holds several values: add -m"),
+        (["-m", "training.micro_batch_size=0,8", "--device-gb", "80"], "training.micro_batch_size=0: "),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments, words, capsys):
