@@ -18,7 +18,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -115,6 +115,9 @@ def verify_(options: argparse.Namespace) -> int:
             files = verify(path).sha256
             print(f"{path}: whole, {len(files)} files")
         except ConfigError as error:
+            if path in marked and not (path / MARKER).exists():
+                print(f"{path}: its run has deleted it meanwhile")
+                continue
             damaged += 1
             print(f"error: {error}", file=sys.stderr)
     return int(damaged > 0)
@@ -123,6 +126,12 @@ def verify_(options: argparse.Namespace) -> int:
 def inspect_(options: argparse.Namespace) -> int:
     """Step, position, and of every weight its shape, dtype and norm; nothing of a checkpoint that is damaged."""
     path = newest(options.path)
+    with held(path):
+        _inspect(path)
+    return 0
+
+
+def _inspect(path: Path) -> None:
     marker = verify(path)
     state = marker.state
     print(f"{path}: step {state.step:,}, {state.tokens:,} tokens, {state.instances:,} instances of data {state.data}")
@@ -139,7 +148,6 @@ def inspect_(options: argparse.Namespace) -> int:
             shape = " × ".join(map(str, tensor.shape))
             print(f"  {name.removeprefix('model.'):<44}{shape:>16}  {str(tensor.dtype)[len('torch.') :]}{norm:12.4f}")
     print(f"{total:,} weights; norms of all together: " + ", ".join(f"{k} {v**0.5:.4g}" for k, v in groups.items()))
-    return 0
 
 
 def copy_(options: argparse.Namespace) -> int:
@@ -149,12 +157,13 @@ def copy_(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.file} exists: name a new file.")
     if not options.file.absolute().parent.is_dir():
         raise ConfigError(f"{options.file} cannot be written (there is no such folder): name another file.")
-    state = verify(path).state
-    chosen = {
-        name if options.all else name.removeprefix("model."): tensor
-        for name, tensor in tensors(path)
-        if options.all or name.startswith("model.")
-    }
+    with held(path):
+        state = verify(path).state
+        chosen = {
+            name if options.all else name.removeprefix("model."): tensor
+            for name, tensor in tensors(path)
+            if options.all or name.startswith("model.")
+        }
     metadata = {"step": str(state.step), "tokens": str(state.tokens), "config": json.dumps(state.config)}
     partial = options.file.with_name(f"{options.file.name}.partial")
     try:
@@ -197,6 +206,17 @@ def newest(path: Path) -> Path:
     chosen = newest_marked(path)
     read_marker(chosen)
     return chosen
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """A checkpoint that its run deletes while it is read is none that is damaged: ConfigError says so."""
+    try:
+        yield
+    except (ConfigError, UnsafeCheckpointError, OSError, dcp.api.CheckpointException) as error:
+        if isinstance(error, BrokenPipeError) or (path / MARKER).exists():
+            raise
+        raise ConfigError(f"{path} was deleted by its run while it was read: repeat the command.") from error
 
 
 def tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

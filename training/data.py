@@ -6,6 +6,7 @@ a mistake is answered before its import.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,7 +38,9 @@ def open_stream(config: Config, say: Callable[[str], None] = lambda line: None) 
         check_shards_dir(root)
         folder = root / "train"
         if not folder.is_dir():
-            command = f"\n  {data.prepare}" if data.prepare else " scripts/prepare_data.py"
+            output = f"output={path}"
+            prepare = data.prepare.replace(output, shlex.quote(output))
+            command = f"\n  {prepare}" if prepare else " scripts/prepare_data.py"
             raise DataError(
                 f"data.path={path} holds no token shards ({folder} does not exist): set data.path to a prepared "
                 f"folder, or prepare it with{command}"

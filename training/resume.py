@@ -199,9 +199,8 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
         rows.append((key, shown(old.get(key)), shown(new.get(key)), why))
     if not refused and not askable:
         return
-    remedy = "keep the old values, or start a new run with another run.name"
-    if not refused:
-        remedy = f"keep the old values, or add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}]"
+    go_on = "" if refused else f" add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}],"
+    remedy = f"keep the old values,{go_on} or start a new run with another run.name"
     raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.{table(rows)}")
 
 

@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from models.decoder import Decoder
+from scripts import checkpoint
 from scripts.checkpoint import main, tensors
 from tests.shards import tiny_config
 from tests.training.test_untrusted_checkpoint import crafted_tensors, resealed
-from training.checkpoint import MARKER, find_checkpoints
+from training.checkpoint import MARKER, find_checkpoints, verify
 from training.storage import METADATA, read_metadata
 from training.trainer import train
 
@@ -116,6 +117,28 @@ def test_a_copy_is_readable_for_those_that_may_read_other_files(saved, tmp_path)
     finally:
         os.umask(before)
     assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("command", ["inspect", "copy", "verify"])
+def test_a_checkpoint_that_its_run_deletes_meanwhile_is_not_called_damaged(
+    command, run_dir, tmp_path, monkeypatch, capsys
+):
+    def deletes(path):
+        if path.name == "step-6":
+            shutil.rmtree(path)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint, "verify", deletes)
+    status = main([command, str(run_dir), *([str(tmp_path / "w.safetensors")] if command == "copy" else [])])
+    shown = capsys.readouterr()
+    if command == "verify":
+        assert (status, shown.err) == (0, "")
+        assert f"step-4: whole, 5 files\n{run_dir}/checkpoints/step-6: its run has deleted it meanwhile" in shown.out
+    else:
+        assert status == 2
+        assert shown.err == f"error: {run_dir}/checkpoints/step-6 was deleted by its run while it was read: " + (
+            "repeat the command.\n"
+        )
 
 
 def test_prune_keeps_the_newest(run_dir, capsys):

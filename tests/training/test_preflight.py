@@ -51,6 +51,9 @@ def test_missing_shards_show_the_command_that_prepares_them(config, tmp_path):
     text = message(DataError, config)
     assert text.startswith(f"data.path={tmp_path / 'none'} holds no token shards")
     assert text.endswith("\n  python scripts/prepare_data.py source=x")
+    config.data.path = str(tmp_path / "not there")
+    config.data.prepare = f"python scripts/prepare_data.py output={config.data.path}"
+    assert message(DataError, config).endswith(f" 'output={tmp_path}/not there'")  # as a shell takes it
 
 
 def test_an_unfinished_preparation_is_refused(config, tmp_path):
