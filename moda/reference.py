@@ -244,7 +244,8 @@ def pull(
         read = depth_backward_slots(do, q, k, v, readers.lse[layer], readers.delta[layer], scale)
         total = (total[0] + read[0], total[1] + read[1])
     if out is None:
-        return total[0].to(dtype), total[1].to(dtype)
+        lent = total is partial  # of no layer: memory that the next block takes
+        return total[0].to(dtype, copy=lent), total[1].to(dtype, copy=lent)
     return out[0].copy_(total[0]), out[1].copy_(total[1])
 
 

@@ -102,7 +102,7 @@ def measure(overrides: list[str], out: Path) -> None:
     with distributed_world(config.training.device) as world, stop_on_signals() as stop:
         trainer = Trainer(config, world, stop, Watchdog(world, Path(config.run.dir), factor=0, seconds=1), None)
         trainer.loader.ready = host.of("data", trainer.loader.ready)  # type: ignore[method-assign]
-        trainer._training_values = host.of("metrics", trainer._training_values)  # type: ignore[method-assign]
+        trainer.metrics.finish = host.of("metrics", trainer.metrics.finish)  # type: ignore[method-assign]
         trainer._evaluate_and_record = host.of("evaluation", trainer._evaluate_and_record)  # type: ignore[method-assign]
         trainer.saver.save = host.of("checkpoint", trainer.saver.save)  # type: ignore[method-assign]
         look = profile(activities=[ProfilerActivity.CUDA])

@@ -203,6 +203,11 @@ class TrainingClock:
         now = self._now() if self._pause_start is None else self._pause_start
         return now - self._start - self._paused
 
+    @property
+    def paused_seconds(self) -> float:
+        """Of this start, in all pauses that have ended."""
+        return self._paused
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside (evaluation, checkpoint, plot) out of laps and forecast."""
@@ -216,13 +221,16 @@ class TrainingClock:
             self._paused += self._now() - self._pause_start
             self._pause_start = None
 
-    def lap(self, step: int) -> float:
-        """Seconds a step since the last lap, pauses left out. Raises ValueError when no step was done since."""
+    def lap(self, step: int, seconds: float | None = None) -> float:
+        """Seconds a step since the last lap, pauses left out. Raises ValueError when no step was done since.
+
+        `seconds`: of all these steps, where a device has measured them itself.
+        """
         steps = step - self._lap_step
         if steps <= 0:
             raise ValueError(f"No step between {self._lap_step} and {step}: a lap needs at least one.")
         end = self.stepping
-        seconds = end - self._lap_start
+        seconds = end - self._lap_start if seconds is None else seconds
         if self._lap_step >= self._warm_step:
             self._measured_steps += steps
             self._measured_seconds += seconds

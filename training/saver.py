@@ -124,12 +124,13 @@ class CheckpointSaver:
         kept, stalled = tensors | copying.tensors, time.perf_counter() - begin
         self._writing = self._thread.submit(self._timed_write, kept, state, delete_old, copying, stalled)
 
-    def keep_bound(self, step: int, stepping: float) -> None:
-        """When `step` steps are done: wait for the save that runs, if `checkpoint.every` allows no more without it.
+    def is_at_bound(self, step: int) -> bool:
+        """Whether `checkpoint.every` allows no more than these `step` steps without the save that runs."""
+        return self._writing is not None and self.schedule.is_at_bound(step, self.saved_step)
 
-        `stepping` as for `save`.
-        """
-        if self._writing is None or not self.schedule.is_at_bound(step, self.saved_step):
+    def keep_bound(self, step: int, stepping: float) -> None:
+        """When `step` steps are done: wait for the save that runs, if they are at the bound; `stepping` as there."""
+        if not self.is_at_bound(step):
             return
         self._waits_since = begin = time.perf_counter()
         self._end_write(step, stepping)

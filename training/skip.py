@@ -66,6 +66,10 @@ class SpikeFilter:
         self._longest.copy_(torch.maximum(self._longest, self._in_a_row))
         return skipped.float()
 
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Steps left out since the run began, and most of them one after the other in this filter's life: [] each."""
+        return self._in_all, self._longest
+
     @property
     def in_a_row(self) -> int:
         """Steps left out one after the other, up to the last; waits for the device."""
@@ -75,8 +79,3 @@ class SpikeFilter:
     def longest(self) -> int:
         """Most steps left out one after the other, in this filter's life; waits for the device."""
         return int(self._longest)
-
-    @property
-    def in_all(self) -> int:
-        """Steps left out since the run began; waits for the device."""
-        return int(self._in_all)

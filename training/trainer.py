@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from data.documents import MicroBatch
 from data.loader import BatchLoader
 from data.shards import write_atomically
 from eval.perplexity import PerplexityEvaluator
-from models.accounting import count_parameters, describe, training_flops_per_token
+from models.accounting import count_parameters, describe
 from models.decoder import Decoder
 from models.initialization import initialize
 from models.one_rank import keep_gathered
@@ -36,7 +35,7 @@ from training.checkpoint import TrainState, checkpoint_folders, checkpoint_path,
 from training.config import Config, RankError, TrainingError, resolved
 from training.curves import draw_curves
 from training.data import open_stream, validation_folders
-from training.distributed import World, bf16_peak, distributed_world
+from training.distributed import World, distributed_world
 from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
@@ -52,6 +51,7 @@ from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
 from training.skip import SpikeFilter
 from training.startup import Startup
+from training.step_metrics import StepMetrics
 from training.tracking import WandbTracker, previous_run_id
 from training.versions import record_versions
 from training.watchdog import Watchdog
@@ -165,7 +165,7 @@ class Trainer:
     def _train(self) -> None:
         config, state, watchdog = self.config, self.state, self.watchdog
         self.clock = TrainingClock(state.step, before=state.seconds)
-        self.waited = state.step, self.loader.waited  # at the last record
+        self.metrics.start(state, self.clock, self.loader, self.spikes)
         if state.unrecorded or (state.step == 0 and config.evaluation.every):
             self._evaluate_and_record(state.unrecorded)
             self.startup.mark("evaluation")
@@ -177,6 +177,7 @@ class Trainer:
             state.step += 1
             state.instances += config.training.global_batch_size
             state.tokens += config.training.global_batch_size * config.data.sequence_length
+            self._finish_record()  # of a step before, now that the device has this one to do
             if state.step == self.first_step:
                 self.startup.mark("step")
                 self.console.say(self.startup.line())
@@ -186,14 +187,11 @@ class Trainer:
             watchdog.step_done(f"step {state.step}")
 
             ends = state.step == self.last_step
-            evaluates = config.evaluation.every and (ends or state.step % config.evaluation.every == 0)
+            evaluates = config.evaluation.every > 0 and (ends or state.step % config.evaluation.every == 0)
             if ends or evaluates or state.step % config.logging.every == 0:
-                values = self._training_values(loss, grad_norm, lr)
-                if evaluates:
-                    self._evaluate_and_record(values)
-                else:
-                    self._record(values)
-                self._check_skips()
+                self.metrics.begin(state, loss, grad_norm, lr)
+                if ends or evaluates or self.metrics.at_once:
+                    self._finish_record(evaluates)
             save_due |= ends or self.saver.schedule.is_due(state.step)
             # Not while steps are skipped: the weights are in doubt, and an older checkpoint would be deleted for them.
             if save_due and (ends or self._check_skips() == 0):
@@ -201,6 +199,7 @@ class Trainer:
                 save_due = False
             if not ends:
                 self._keep_bound()
+        self._finish_record()
 
     def _check_data(self) -> None:
         """Raise, on every rank, when one of them could not read its next batch, or one of an evaluation."""
@@ -262,35 +261,19 @@ class Trainer:
                 self.evaluated = True
         self.state.unrecorded = values if evaluated is None else {}
         if evaluated is not None:
-            self._record(values | evaluated)
+            self._record(self.state.step, self.state.tokens, values | evaluated)
 
-    def _training_values(self, loss: Tensor, grad_norm: Tensor, lr: float) -> dict[str, float]:
-        """The values of a record of this step; waits for the device."""
-        training = self.config.training
-        cross_entropy, z_loss = loss.tolist()
-        values = {
-            "train/loss": cross_entropy,
-            "train/z_loss": z_loss,
-            "train/grad_norm": grad_norm.item(),
-            "train/lr": lr,
-            "train/skipped_steps": self.spikes.in_all,
-        }
-        seconds = self.clock.lap(self.state.step)
-        rate = training.global_batch_size * self.config.data.sequence_length / seconds
-        values["throughput/tokens_per_second"] = rate
-        values |= {f"throughput/{name}": share for name, share in self.utilization(rate).items()}
-        values["memory/peak_gb"] = self._peak_memory() / 1e9
-        (step, waited), self.waited = self.waited, (self.state.step, self.loader.waited)
-        values["time/data_wait_share"] = (self.loader.waited - waited) / (seconds * (self.state.step - step))
-        values["time/elapsed_seconds"] = self.clock.elapsed
-        return values
-
-    def utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Shares of all ranks' peak, attention counted full (`mfu`) and causal; empty where no peak is known."""
-        if self.peak is None:
-            return {}
-        full, causal = (tokens_per_second * flops / (self.peak * self.world.size) for flops in self.flops_per_token)
-        return {"mfu": full, "mfu_causal": causal}
+    def _finish_record(self, evaluates: bool = False) -> None:
+        """Write the record that was begun, if any, with an evaluation or without; waits for the device to be there."""
+        if not self.metrics.pending:
+            return
+        done = self.metrics.finish()
+        if evaluates:
+            self._evaluate_and_record(done.values)
+        else:
+            self._record(done.step, done.tokens, done.values)
+        if done.longest_skip >= self.config.training.skip_limit:
+            self._check_skips()
 
     def _check_skips(self) -> int:
         """Steps skipped in a row up to this one; raises TrainingError, on all ranks, when too many ever were."""
@@ -305,21 +288,17 @@ class Trainer:
             "these steps, or lower optimizer.lr, which checkpoint.allow_changes=[optimizer.lr] permits."
         )
 
-    def _peak_memory(self) -> int:
-        """Bytes: of the device's allocator, or of this process on a CPU."""
-        if self.world.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    def _record(self, values: dict[str, float]) -> None:
+    def _record(self, step: int, tokens: int, values: dict[str, float]) -> None:
         if not self.world.is_main:
             return
-        record = self.log.append(self.state.step, self.state.tokens, values)
+        record = self.log.append(step, tokens, values)
         self.tracker.log(record)
-        remaining = self.clock.remaining(self.last_step - self.state.step)
+        remaining = self.clock.remaining(self.last_step - step)
         self.console.progress(record, remaining)
 
     def _keep_bound(self) -> None:
+        if self.saver.is_at_bound(self.state.step):
+            self._finish_record()
         with self.clock.paused():
             self.saver.keep_bound(self.state.step, self.clock.stepping)
         if self.saver.schedule.tries_again(self.state.step) and self._check_skips() == 0:
@@ -327,6 +306,7 @@ class Trainer:
             self._keep_bound()
 
     def _save(self) -> None:
+        self._finish_record()  # a resume makes no record up to its step again
         last = self.stop.signal is not None or self.state.step >= self.last_step
         with self.clock.paused():
             self.state.seconds = self.clock.elapsed
@@ -436,10 +416,7 @@ class Trainer:
             self.console.say,
             self.watchdog,
         )
-        self.peak = bf16_peak(world.device, compute_dtype)
-        self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
-        if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
+        self.metrics = StepMetrics(config, world, compute_dtype)
 
     def _restore(self, checkpoint: Path | None) -> None:
         """Weights, optimizer and state of the checkpoint, or of step 0."""

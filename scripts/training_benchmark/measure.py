@@ -102,7 +102,7 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         warmup = min(WARMUP, steps // 3)
         if steps > 1:
             result |= _of_steps(config, timer.seconds()[warmup:], waits[warmup + 1 :], world.size)
-            result |= trainer.utilization(result["tokens_per_second"])
+            result |= trainer.metrics.utilization(result["tokens_per_second"])
         if world.device.type == "cuda":
             result["peak_bytes"] = torch.cuda.max_memory_allocated()
             result["reserved_bytes"] = torch.cuda.max_memory_reserved()

@@ -114,3 +114,50 @@ def loss_of(x):
 def assert_equal_gradients(got, want):
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-11, msg=lambda m, i=index: f"parameter {i}: {m}")
+
+
+def kept_gradients(
+    how, backend="reference", *, num_layers, slots_per_layer, dtype=torch.float64, device="cpu", retain=False
+):
+    """Gradients of the keys and values written by each layer, kept as leaves or by hooks while the rest of a backward
+    pass goes on, of a stream and of the definition in float64."""
+    torch.manual_seed(0)
+    shape, options = (2, 5, 2, 16), {"dtype": dtype, "device": device}
+    queries = [torch.randn(2, 5, 4, 16, **options) for _ in range(num_layers)]
+    leaves = [torch.randn(2, *shape, **options) for _ in range(num_layers * slots_per_layer)]
+    sides = []
+    for side in ("stream", "definition"):
+        exact = side == "definition"
+        pairs = [list((pair.double() if exact else pair).unbind()) for pair in leaves]
+        kept = {}
+        for number, pair in enumerate(pairs):
+            for part in range(2):
+                leaf = pair[part] = pair[part].clone().requires_grad_()
+                if how == "hooks" and not exact:
+                    pair[part] = leaf * 1
+                    pair[part].register_hook(lambda grad, place=(number, part): kept.__setitem__(place, grad))
+        stream = moda.DepthStream(num_layers, *shape, slots_per_layer=slots_per_layer, **options)
+        handle, total, written = stream.start(), 0.0, []
+        for layer, q in enumerate(queries):
+            own = pairs[layer * slots_per_layer : (layer + 1) * slots_per_layer]
+            if exact:
+                depth = [torch.stack(parts) for parts in zip(*written, strict=True)]
+                out, _ = reference.definition(q.double(), *own[0], *depth)
+                written += own
+            else:
+                k, v, handle = stream.write(handle, layer, 0, *own[0])
+                out, handle = stream.attend(handle, layer, q, k, v, backend=backend)
+                for slot, pair in enumerate(own[1:], 1):
+                    _, _, handle = stream.write(handle, layer, slot, *pair)
+            total = total + out
+        loss = total if exact else stream.finish(handle, total)
+        loss.double().square().sum().backward(retain_graph=retain and not exact)
+        places = [(number, part) for number in range(len(pairs)) for part in range(2)]
+        if how == "hooks" and not exact:
+            sides.append([kept[place] for place in places])
+        else:
+            sides.append([pairs[number][part].grad for number, part in places])
+    return [
+        (got.double(), torch.zeros_like(got).double() if want is None else want)
+        for got, want in zip(*sides, strict=True)
+    ]

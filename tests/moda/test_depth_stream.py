@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import moda
 from moda.readers import BLOCK_LAYERS
-from tests.moda.stack import Stack, assert_equal_gradients, loss_of, random_input
+from tests.moda.stack import Stack, assert_equal_gradients, kept_gradients, loss_of, random_input
 
 SLOT = torch.zeros(1, 4, 2, 8)
 BOUNDS = [{}, {"recent_layers": 2}, {"recent_layers": 1, "first_layers": 2}, {"recent_layers": 9, "first_layers": 1}]
@@ -33,6 +33,15 @@ def test_gradients_pulled_in_blocks_of_layers_equal_the_definition(slots_per_lay
     stack, x = Stack(num_layers=11, slots_per_layer=slots_per_layer, **bounds), random_input()
     assert len(stack.layers) > 2 * BLOCK_LAYERS
     assert_equal_gradients(stack.gradients(loss_of(stack(x))), stack.gradients(loss_of(stack.definition(x))))
+
+
+@pytest.mark.parametrize("num_layers", [8, 13])
+@pytest.mark.parametrize("slots_per_layer", [1, 2])
+@pytest.mark.parametrize("how", ["leaves", "hooks"])
+def test_gradients_that_are_kept_are_not_overwritten_by_later_blocks(how, slots_per_layer, num_layers):
+    assert num_layers >= 2 * BLOCK_LAYERS
+    for got, want in kept_gradients(how, num_layers=num_layers, slots_per_layer=slots_per_layer):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
 def test_layers_that_read_in_different_ways_are_pulled_apart():

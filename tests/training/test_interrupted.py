@@ -18,8 +18,8 @@ def test_a_signal_saves_and_stops_and_the_same_command_goes_on(shards, finished,
     config = tiny_config(shards, tmp_path / "run")
     original = training.trainer.Trainer._record
 
-    def record(self, values):
-        original(self, values)
+    def record(self, *given):
+        original(self, *given)
         if self.state.step == 7:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -80,8 +80,8 @@ def test_an_evaluation_that_was_made_at_a_start_without_a_checkpoint_is_made_at_
         train(config)
     monkeypatch.undo()
 
-    def fails(self, values):
-        record(self, values)
+    def fails(self, *given):
+        record(self, *given)
         if self.state.step == interrupted + 3:
             raise RuntimeError("as good as a kill")
 

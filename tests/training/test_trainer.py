@@ -73,8 +73,8 @@ def _train_and_die(config, step):
     os.environ.pop("WANDB_SERVICE", None)  # the parent's, if it has one: a service of its own dies with this process
     original = training.trainer.Trainer._record
 
-    def record(self, values):
-        original(self, values)
+    def record(self, *given):
+        original(self, *given)
         if self.state.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -6,14 +6,15 @@ import torch
 from tests.shards import VOCAB, tiny_config
 from training.distributed import bf16_peak
 from training.metrics import read_metrics
-from training.trainer import Trainer, train
+from training.step_metrics import StepMetrics
+from training.trainer import train
 
 PEAK = 1e9
 TIME, LAYERS, WIDTH, KV_WIDTH, FFN_WIDTH = 16, 2, 32, 16, 48  # of `tiny_config`
 
 
 def test_a_record_has_both_shares_of_the_operations_that_its_rate_means(shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.trainer.bf16_peak", lambda device, dtype: PEAK)
+    monkeypatch.setattr("training.step_metrics.bf16_peak", lambda device, dtype: PEAK)
     config = tiny_config(shards, tmp_path / "run")
     config.training.steps, config.training.global_batch_size, config.evaluation.every = 3, 2, 0
     train(config)
@@ -50,7 +51,7 @@ def test_the_peak_is_that_of_bf16_products_on_a_whole_device(monkeypatch):
 
 
 def test_ranks_share_the_peak_of_all():
-    trainer = Trainer.__new__(Trainer)
-    trainer.peak, trainer.flops_per_token = 1e12, (4e9, 3e9)
-    trainer.world = type("World", (), {"size": 2})()
-    assert trainer.utilization(100.0) == pytest.approx({"mfu": 0.2, "mfu_causal": 0.15})
+    metrics = StepMetrics.__new__(StepMetrics)
+    metrics.peak, metrics.flops_per_token = 1e12, (4e9, 3e9)
+    metrics.world = type("World", (), {"size": 2})()
+    assert metrics.utilization(100.0) == pytest.approx({"mfu": 0.2, "mfu_causal": 0.15})
