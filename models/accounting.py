@@ -33,7 +33,7 @@ PEAK_FLOPS = {
     "B200": 2250e12,
     "L40S": 362e12,
 }
-SLICE = re.compile(r"MIG|\d+C(ME)?")  # a word in the name of a part of a device: of MIG, of a virtual GPU
+SLICE = re.compile(r"MIG|\d+[ABCQ](ME)?")  # a word in the name of a part of a device: of MIG, of a virtual GPU
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -140,7 +140,7 @@ def read_marker(path: Path, key: str = "") -> Marker:
         ) from None
     except KeyError as error:
         raise ConfigError(f"{named} is damaged ({MARKER} has no {error}): use another checkpoint.") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{named} is damaged ({MARKER} cannot be read: {error}): use another checkpoint.") from error
     if content.get(CHECKSUM) != sealed(content)[CHECKSUM]:
         raise ConfigError(f"{named} is damaged ({MARKER} is not what was saved): use another checkpoint.")
@@ -156,6 +156,12 @@ def read_marker(path: Path, key: str = "") -> Marker:
         if known.name in state and not isinstance(value := state[known.name], _KINDS[known.name]):
             raise ConfigError(f"{named} is damaged ({MARKER} has {known.name}={value!r}): use another checkpoint.")
     marker = Marker(TrainState(**state), sizes, checksums)
+    entries = {"sources": (marker.state.sources, dict), "unrecorded": (marker.state.unrecorded.values(), int | float)}
+    for name, (found_entries, kind) in entries.items():
+        if not all(isinstance(entry, kind) for entry in found_entries):
+            raise ConfigError(f"{named} is damaged ({MARKER} has {name}={state[name]!r}): use another checkpoint.")
+    if not sizes or sizes.keys() != checksums.keys():
+        raise ConfigError(f"{named} is damaged ({MARKER} names no files, or not all): use another checkpoint.")
     for name, size in marker.bytes.items():
         file = path / name
         found = file.stat().st_size if file.is_file() else None

@@ -65,6 +65,12 @@ class MetricsLog:
         self.last_step = kept[-1]["step"] if kept else -1
         self._file = self._open()
 
+    def set_aside(self) -> Path:
+        """Keep a copy of all records so far beside the file, under a name of their last step."""
+        kept = self.path.with_name(f"{self.path.stem}-to-step-{self.last_step}{self.path.suffix}")
+        write_atomically(kept, self.path.read_bytes())
+        return kept
+
     def sync(self) -> None:
         """Have what is written survive a machine that stops; from any thread."""
         with suppress(OSError, ValueError):  # records, or a file that is just replaced, are no reason to go without

@@ -31,9 +31,10 @@ def launch() -> str | None:
 def entries(run_dir: Path) -> list[dict[str, Any]]:
     """The content of `versions.json`, oldest start first; none where it is missing or damaged."""
     try:
-        return list(json.loads((run_dir / VERSIONS).read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, TypeError):
+        content = list(json.loads((run_dir / VERSIONS).read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
         return []
+    return [entry for entry in content if isinstance(entry, dict) and {"step", "found"} <= entry.keys()]
 
 
 def earlier_starts(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ another name once the caller holds the lock of the directory.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -18,11 +19,12 @@ from typing import Any
 
 import yaml
 
+from data.shards import MANIFEST_NAME
 from models.config import ConfigError, shown
-from training.checkpoint import ASIDE, checkpoint_folders, find_checkpoints, read_marker, verify
+from training.checkpoint import ASIDE, FOLDER, MARKER, checkpoint_folders, find_checkpoints, read_marker, verify
 from training.config import Config, resolved
 from training.data import check_same_data, open_stream
-from training.restarts import earlier_starts
+from training.restarts import VERSIONS, earlier_starts, entries
 from training.watchdog import UNWATCHED, Watch
 
 # Keys, or groups of keys, that change no result, or none but by rounding. The data may lie elsewhere: its fingerprint
@@ -57,6 +59,7 @@ MAY_CHANGE_IF_ALLOWED = (
     "training.steps",
     "model.z_loss",
 )
+FILES = ("config.yaml", "metrics.jsonl", "summary.json", "curves.png", VERSIONS)  # that a run writes, of that name
 CHANGEABLE = ", ".join(f"{key}KEY" if key.endswith(".") else key for key in MAY_CHANGE_IF_ALLOWED)
 DATA = "data"  # in `checkpoint.allow_changes`: the tokens, or their shares in a mixture
 
@@ -96,6 +99,8 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
                 f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
                 "its own: set another run.name, or checkpoint.resume=auto to continue it."
             )
+    if own is None:
+        _check_own(run_dir)
     if own is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
         # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
         begun = _begun_with(run_dir)
@@ -125,6 +130,26 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     else:
         check_allowed(config, flatten(resolved(config)))
     return path
+
+
+def _check_own(run_dir: Path) -> None:
+    """Raise ConfigError where a folder without checkpoints holds what a new run would write over and must not."""
+    if (run_dir / "train" / MANIFEST_NAME).exists():
+        raise ConfigError(f"{run_dir} holds token shards: set another run.name, or run.dir, for the run.")
+    foreign = [name for name in FILES if (run_dir / name).exists()]
+    if foreign and not entries(run_dir):  # the first that a run writes is versions.json
+        raise ConfigError(
+            f"{run_dir} holds {foreign[0]}, and no {VERSIONS} that tells of a run: set another run.name, or run.dir."
+        )
+    try:
+        stopped_at = int(json.loads((run_dir / "summary.json").read_text("utf-8"))["stopped_at"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    if stopped_at:  # it is written when the checkpoint is
+        raise ConfigError(
+            f"{run_dir} holds a run that has come to step {stopped_at} and none of its checkpoints (folders "
+            f"{FOLDER}/step-N with {MARKER}): put them back, or choose another run.name to begin again."
+        )
 
 
 def _begun_with(run_dir: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from training.lock import run_lock
 from training.memory_estimate import estimate
 from training.metrics import Console, MetricsLog, TrainingClock, format_count, read_metrics
 from training.optimizer import build_optimizer, clip, gradient_norm, set_lr
-from training.out_of_memory import explain
+from training.out_of_memory import explain, is_out_of_memory
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
 from training.restarts import give_up_if_stuck
@@ -103,7 +103,9 @@ def _explained(config: Config, world: World) -> Iterator[None]:
     """Say in a sentence what has ended this rank, where a traceback would help less."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise RankError(explain(error, config, world)) from error
     except OSError as error:
         raise RankError(
@@ -422,6 +424,7 @@ class Trainer:
         """Weights, optimizer and state of the checkpoint, or of step 0."""
         config = self.config
         self.last_recorded = -1  # later records are of steps that are done again, or of no run that goes on
+        self.records_every = config.logging.every
         torch.manual_seed(config.training.seed)
         if checkpoint is None:
             initialize(self.model, config.training.seed)
@@ -432,6 +435,8 @@ class Trainer:
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             else:  # the record that a signal put off may have been made since, by a start that came to no checkpoint
                 self.last_recorded = self.state.step - bool(self.state.unrecorded)
+                logging = self.state.config.get("logging", {})
+                self.records_every = max(config.logging.every, logging.get("every", 1))
             self.console.say(f"continuing {checkpoint} at step {self.state.step}")
             if self.state.step >= self.last_step:
                 self.console.say(f"nothing to do: the run has come to step {self.state.step} already")
@@ -462,7 +467,17 @@ class Trainer:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
+        if self.last_recorded < 0 and self.log.last_step > config.checkpoint.every:
+            self.console.say(
+                f"warning: {self.run_dir} has records up to step {self.log.last_step} and no checkpoint: the run "
+                f"begins again, and they are kept as {self.log.set_aside().name}"
+            )
         self.log.rewind(self.last_recorded)
+        if self.log.last_step < self.last_recorded - self.records_every:
+            self.console.say(
+                f"warning: {self.log.path} has no records between step {max(self.log.last_step, 0)} and the "
+                f"checkpoint's, {self.state.step}: some were lost"
+            )
         self.saver.before_commit = self.log.sync  # a resume makes no record up to its step again
         self.tracker = WandbTracker(
             config.logging.wandb,

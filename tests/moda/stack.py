@@ -1,5 +1,7 @@
 """A small stack of layers with depth, once through `DepthStream` and once by the definition, to compare gradients."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -135,7 +137,7 @@ def kept_gradients(
                 leaf = pair[part] = pair[part].clone().requires_grad_()
                 if how == "hooks" and not exact:
                     pair[part] = leaf * 1
-                    pair[part].register_hook(lambda grad, place=(number, part): kept.__setitem__(place, grad))
+                    pair[part].register_hook(partial(kept.__setitem__, (number, part)))
         stream = moda.DepthStream(num_layers, *shape, slots_per_layer=slots_per_layer, **options)
         handle, total, written = stream.start(), 0.0, []
         for layer, q in enumerate(queries):

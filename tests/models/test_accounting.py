@@ -165,7 +165,15 @@ def test_peak_is_known_for_named_devices_and_none_for_others():
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "GRID A100-10C", "NVIDIA H100-1-10CME"],
+    [
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
+        "GRID A100-10C",
+        "NVIDIA H100-1-10CME",
+        "NVIDIA L40S-8Q",
+        "NVIDIA L40S-24A",
+        "NVIDIA L40S-8B",
+    ],
 )
 def test_a_slice_of_a_device_has_no_peak(name):
     assert peak_flops(name) is None

@@ -74,6 +74,7 @@ def test_a_run_that_began_with_other_weights_does_not_begin_again_with_new_ones(
     config = short(shards, tmp_path / "run", resume=other)
     train(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before its first
+    (tmp_path / "run" / "summary.json").unlink()
     config.checkpoint.resume = "auto"
     with pytest.raises(ConfigError, match=rf"whose run began with {other}: give checkpoint\.resume={other} again"):
         choose_checkpoint(config)
@@ -91,6 +92,57 @@ def test_fewer_steps_than_are_done_are_refused(run):
 def test_a_damaged_configuration_of_a_run_without_checkpoints_gets_one_sentence(content, run):
     run_dir = Path(run.run.dir)
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "summary.json").unlink()
     (run_dir / "config.yaml").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.yaml is damaged, and there is no checkpoint"):
         choose_checkpoint(run)
+
+
+@pytest.mark.parametrize("lost", ["checkpoints", "markers"])
+def test_a_run_that_has_ended_does_not_begin_again_where_its_checkpoints_are_lost(lost, run):
+    run_dir = Path(run.run.dir)
+    shutil.rmtree(run_dir / "checkpoints") if lost == "checkpoints" else None
+    for marker in run_dir.glob("checkpoints/*/checkpoint.json"):
+        marker.unlink()
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"come to step 8 and none of its checkpoints .* put them back, or"):
+        train(run)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_begins_again_keeps_records_of_more_than_a_checkpoint_may_lose(run, saved, capsys):
+    run_dir = Path(run.run.dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "summary.json").unlink()
+    records = (run_dir / "metrics.jsonl").read_bytes()
+    train(run)
+    assert "has records up to step 8 and no checkpoint: the run begins again" in capsys.readouterr().out
+    assert (run_dir / "metrics-to-step-8.jsonl").read_bytes() == records
+    assert untimed(run_dir) == untimed(saved)
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_records_that_are_lost_are_missed(left, run, capsys):
+    path = Path(run.run.dir) / "metrics.jsonl"
+    train(run)
+    assert "some were lost" not in capsys.readouterr().out
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:left]))
+    train(run)
+    assert f"has no records between step {left} and the checkpoint's, 8: some were lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "metrics.jsonl", "summary.json", "curves.png", "versions.json", "train/manifest.json"]
+)
+def test_a_folder_of_other_files_is_left_alone(name, shards, tmp_path):
+    config = short(shards, tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"mine": 1}\n')
+    words = (
+        "holds token shards: set" if "train" in name else rf"holds {name}, and no versions\.json that tells of a run"
+    )
+    with pytest.raises(ConfigError, match=words):
+        train(config)
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == '{"mine": 1}\n'

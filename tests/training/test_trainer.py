@@ -119,6 +119,7 @@ def test_a_run_that_begins_with_a_checkpoint_takes_over_no_records_of_an_earlier
     config.training.stop_at = 3
     train(config)
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before the first
+    (tmp_path / "run" / "summary.json").unlink()
     config.checkpoint.resume, config.training.stop_at = str(finished / "checkpoints" / "step-10"), 12
     config.model.norm = "pre"
     with pytest.raises(ConfigError, match=r"run cannot be continued[^/]*model\.norm +reordered +pre"):
@@ -266,6 +267,7 @@ def test_records_without_a_checkpoint_are_not_overwritten_by_another_configurati
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
     shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "summary.json").unlink()
     config = tiny_config(shards, run_dir)
     config.model.norm = "pre"
     with pytest.raises(ConfigError, match=r"model\.norm +reordered +pre"):

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 import training.storage
 from models.config import ConfigError
-from training.checkpoint import MARKER, sealed
+from training.checkpoint import MARKER, find_checkpoints, sealed, verify
 from training.storage import METADATA, UnsafeCheckpointError, read_metadata
 from training.trainer import train
 
@@ -109,3 +109,29 @@ def test_metadata_that_is_something_else_is_refused(content, tmp_path):
     (tmp_path / METADATA).write_bytes(content)
     with pytest.raises(UnsafeCheckpointError):
         read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["state"].update(sources=[1]),
+        lambda content: content["state"].update(unrecorded={"train/loss": "b"}),
+        lambda content: content.update(sha256={}),
+        lambda content: content.update(bytes={}, sha256={}),
+    ],
+    ids=["sources", "unrecorded", "no checksums", "no files"],
+)
+def test_a_marker_that_is_sealed_and_makes_no_sense_is_damaged(change, run):
+    path = find_checkpoints(Path(run.run.dir))[-1]
+    content = json.loads((path / MARKER).read_text())
+    change(content)
+    (path / MARKER).write_text(json.dumps(sealed(content)))
+    with pytest.raises(ConfigError, match="is damaged"):
+        verify(path)
+
+
+def test_a_marker_of_brackets_is_damaged_and_the_checkpoint_before_is_taken(run, capsys):
+    path = find_checkpoints(Path(run.run.dir))[-1]
+    (path / MARKER).write_text("[" * 100_000)
+    train(run)
+    assert f"{path} is damaged" in capsys.readouterr().err
