@@ -219,6 +219,8 @@ class DepthStream:
 
     def read_ranges(self, layer: int) -> list[tuple[int, int]]:
         """Slots that `layer` reads, as half-open ranges in rising order."""
+        if not _is_integer(layer) or not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer!r} is outside the stream: it has {self.num_layers} layers.")
         nearest = 0 if self.recent_layers is None else max(0, layer - self.recent_layers)
         first = min(self.first_layers, nearest)
         ranges = [(0, first), (nearest, layer)] if first < nearest else [(0, layer)]

@@ -75,8 +75,9 @@ class ModelConfig:
         for name in ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
             largest = MOST_LAYERS if name == "num_layers" else LARGEST_SIZE
             self._require(1 <= getattr(self, name) <= largest, name, f"use an integer from 1 to {largest:,}")
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            self._require(0 < getattr(self, name) < math.inf, name, "use a positive number")
+        # Beyond these, fp32 makes zeros or no numbers of what they are used for.
+        for name, least, most in (("norm_eps", 1e-30, 1.0), ("rope_theta", 1.0, 1e30), ("init_std", 1e-30, 1e3)):
+            self._require(least <= getattr(self, name) <= most, name, f"use a number from {least:g} to {most:g}")
         self._require(0 <= self.z_loss < math.inf, "z_loss", "use 0 (off) or a positive weight such as 1e-5")
         vocab_fits = self.vocab_size is None or 2 <= self.vocab_size <= LARGEST_SIZE
         self._require(vocab_fits, "vocab_size", f"use null or an integer from 2 to {LARGEST_SIZE:,}")

@@ -108,7 +108,7 @@ MISTAKES = [
         "training.stop_at=100000",
         "training.stop_at=100000 cannot be used: use null (run to the end) or a step from 1 to training.steps=95367.",
     ),
-    ("optimizer.lr=-1", "optimizer.lr=-1.0 cannot be used: use a positive number such as 3e-4."),
+    ("optimizer.lr=-1", "optimizer.lr=-1.0 cannot be used: use a positive number such as 3e-4, at most 100."),
     ("optimizer.beta2=1", "optimizer.beta2=1.0 cannot be used: use a number from 0 to below 1."),
     ("schedule.name=cos", "schedule.name=cos cannot be used: choose one of cosine, linear, constant, wsd."),
     ("training.precision=fp16", "training.precision=fp16 cannot be used: choose one of auto, fp32, bf16."),

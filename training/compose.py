@@ -238,7 +238,10 @@ def _sweep(name: str, configs: Path, overrides: list[Override], base: DictConfig
                     f"hydra.sweep.subdir={composed.hydra.sweep.subdir} is the same for two jobs: "
                     f"use for example hydra.sweep.subdir='${{hydra.job.num}}'."
                 )
-        jobs.append(Job(config, label=" ".join(texts[position] for position in swept)))
+        label = " ".join(texts[position] for position in swept)
+        if any(other.label == label for other in jobs):
+            raise ConfigError(f"The sweep has {label} twice, two equal jobs: give each value once.")
+        jobs.append(Job(config, label))
     if kind["hydra/launcher"] == "basic":
         return Plan(jobs)
     if "RANK" in os.environ:

@@ -20,6 +20,7 @@ SCHEDULES = ("cosine", "linear", "constant", "wsd")
 WANDB_MODES = ("online", "offline", "disabled")
 LARGEST_STEPS, LONGEST_TIMEOUT = 10**9, 1e9  # the latter about what a lock can wait, in seconds
 LONGEST_NAME = 255  # bytes of a file's name, on most systems
+LARGEST_LR = 100  # AdamW moves a weight by as much a step: no model is trained by more
 LARGEST_WINDOW = 100_000  # steps: each step looks at all of them, on the device
 # Far beyond what can be trained: a slip, refused before anything is estimated, listed or allocated for it.
 LARGEST_BATCH, LARGEST_MICRO_BATCH, MOST_WORKERS = 2**20, 2**24, 256  # instances; tokens; threads
@@ -35,6 +36,11 @@ class LostRankError(TrainingError):
 
 class RankError(TrainingError):
     """As `TrainingError`, of one rank: the others do not know yet."""
+
+
+def one_line(error: BaseException | None) -> str:
+    """What an error is and says, for a part of a sentence."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 @dataclass
@@ -155,7 +161,7 @@ class TrainingConfig:
         window, largest = self.skip_window, LARGEST_WINDOW
         require(4 <= window <= largest, "training.skip_window", window, f"use 4 to {largest:,} steps")
         require(self.skip_limit >= 1, "training.skip_limit", self.skip_limit, "use a positive number of steps")
-        require(0 < self.hang_seconds < math.inf, "training.hang_seconds", self.hang_seconds, "use a positive number")
+        require(1 <= self.hang_seconds < math.inf, "training.hang_seconds", self.hang_seconds, "use 1 or more")
         if self.global_batch_size % (self.micro_batch_size * world_size):
             raise ConfigError(self._indivisible(world_size))
 
@@ -185,11 +191,12 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""
-        require(0 < self.lr < math.inf, "optimizer.lr", self.lr, "use a positive number such as 3e-4")
+        usable = "use a positive number"
+        require(0 < self.lr <= LARGEST_LR, "optimizer.lr", self.lr, f"{usable} such as 3e-4, at most {LARGEST_LR}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "use a number from 0 to below 1")
-        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, "use a positive number such as 1e-8")
+        require(0 < self.eps <= 1, "optimizer.eps", self.eps, f"{usable} such as 1e-8, at most 1")
         require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "use 0 or more")
 
 

@@ -66,7 +66,9 @@ def _check_paths(config: Config) -> None:
             f"runs/NAME/checkpoints/step-1000."
         )
     run_dir = Path(config.run.dir).absolute()
-    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists() or folder.is_symlink())
+    if not existing.exists():
+        raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is a link to nothing: remove it.")
     if not existing.is_dir():
         raise ConfigError(f"run.dir={config.run.dir} cannot be made: {existing} is a file, so use another folder.")
     if not os.access(existing, os.W_OK):

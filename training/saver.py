@@ -42,7 +42,7 @@ from training.checkpoint import (
     remove_checkpoint,
     size_in_bytes,
 )
-from training.config import CheckpointConfig
+from training.config import CheckpointConfig, one_line
 from training.distributed import World
 from training.host_copy import HostCopy
 from training.save_schedule import SaveSchedule, steps_of_write
@@ -189,7 +189,7 @@ class CheckpointSaver:
             failure = error.with_traceback(None)  # whose frames would keep all of this alive
         if not self._world.any(failure is not None):
             return copying
-        reason = _one_line(failure or "on another rank")
+        reason = one_line(failure) if failure else "on another rank"
         self._say(f"checkpoints are written while training waits: no copy in host memory ({reason})")
         self.schedule.asynchronous = False
         self._free_copy()
@@ -274,7 +274,7 @@ class CheckpointSaver:
             try:
                 dcp.save(tensors, storage_writer=writer, process_group=self._group)
             except dcp.api.CheckpointException as error:  # on all ranks alike
-                failure = next(_one_line(cause) for cause, _ in error.failures.values())
+                failure = next(one_line(cause) for cause, _ in error.failures.values())
         if failure is None:
             failure = self._together(lambda: self._read_back(path, writer.checksums), writer.checksums, sums)
         if failure is None:
@@ -297,7 +297,7 @@ class CheckpointSaver:
         try:  # the checkpoint is whole from here on, whatever else goes wrong
             size = f"{size_in_bytes(path) / 1e6:,.1f} MB"
         except OSError as error:
-            size = f"size unknown ({_one_line(error)})"
+            size = f"size unknown ({one_line(error)})"
         self._say(f"checkpoint {path} | {size} in {seconds:.1f} s, {waited}")
         if delete_old:
             self._thread.submit(self._delete_old, path)  # after this, so that nobody waits for it
@@ -310,7 +310,7 @@ class CheckpointSaver:
         except (OSError, ConfigError) as error:
             self._say(
                 f"warning: {saved} is saved, and old checkpoints of {self.run_dir} could not be deleted "
-                f"({_one_line(error)})"
+                f"({one_line(error)})"
             )
             return
         for old in [path for path in deleted if path.name.endswith(ASIDE)]:
@@ -329,7 +329,7 @@ class CheckpointSaver:
         try:
             own = act()
         except Exception as error:  # whatever it is: the other ranks wait for an answer
-            own = _one_line(error)
+            own = one_line(error)
         results: list[Any] = [None] * self._world.size
         dist.all_gather_object(results, (own, value), group=self._group)
         if gathered is not None:
@@ -354,7 +354,3 @@ def _discard(path: Path) -> None:
     """Free the space of a failed save, as far as that is possible."""
     with suppress(OSError):  # what stays has no marker, so it is no checkpoint
         remove_checkpoint(path)
-
-
-def _one_line(error: object) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split()) if isinstance(error, Exception) else str(error)

@@ -28,7 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from training.config import WandbConfig
+from training.config import WandbConfig, one_line
 
 INIT_TIMEOUT_SECONDS = 30  # a node without internet waits this long, once, and goes on offline
 FINISH_TIMEOUT_SECONDS = 60  # what is not uploaded by then stays on disk for `wandb sync`
@@ -129,7 +129,7 @@ class WandbTracker:
                 return "offline"
             self._start(config, "online", run_name, resolved_config)
         except Exception as error:
-            _say(f"wandb: cannot go online ({_one_line(error)}), so offline")
+            _say(f"wandb: cannot go online ({one_line(error)}), so offline")
             return "offline"
         self._next_step = self._run.starting_step
         _say(f"wandb: {self._run.url}")
@@ -171,7 +171,7 @@ class WandbTracker:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        _say(f"wandb: {_one_line(error)}; the run goes on without wandb, its records are in metrics.jsonl")
+        _say(f"wandb: {one_line(error)}; the run goes on without wandb, its records are in metrics.jsonl")
 
 
 def previous_run_id(run_dir: str | Path) -> str | None:
@@ -183,7 +183,3 @@ def previous_run_id(run_dir: str | Path) -> str | None:
 def _say(text: str) -> None:
     with suppress(OSError):  # a log on a full disk is no reason to end a run
         print(text, flush=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from data.shards import DataError
 from models.config import ConfigError
-from training.config import RankError, TrainingError
+from training.config import RankError, TrainingError, one_line
 from training.distributed import World
 from training.processes import alive, number_space
 
@@ -113,7 +113,7 @@ class Watchdog(Watch):
             self._end_with(str(error))
         else:
             self._await_verdict(error)
-            self._close(str(error) if isinstance(error, RankError) else _one_line(error))
+            self._close(str(error) if isinstance(error, RankError) else one_line(error))
         if self._factor and self._store is not None:
             self._let_others_read()
 
@@ -180,7 +180,7 @@ class Watchdog(Watch):
             try:
                 verdict = self._verdict()
             except RuntimeError as error:  # of the store
-                verdict = self._unheard(0, f"the store of rank 0 does not answer ({_one_line(error)})")
+                verdict = self._unheard(0, f"the store of rank 0 does not answer ({one_line(error)})")
             if verdict is not None and not self._closed.is_set():
                 self._end(verdict)
 
@@ -256,7 +256,7 @@ class Watchdog(Watch):
                 faulthandler.dump_traceback(stream, all_threads=True)
             traces = f"stack traces in {folder}"
         except OSError as error:
-            traces = f"no stack traces ({_one_line(error)})"
+            traces = f"no stack traces ({one_line(error)})"
         if os.environ.get("LOCAL_RANK", "0") == "0" or self._world.rank == 0 or verdict.startswith("rank 0"):
             text = f"error: {verdict}; {traces}. The same command continues the last checkpoint, if any.\n"
             with suppress(OSError):  # standard error may go to a full disk: that keeps no rank from ending
@@ -273,7 +273,3 @@ class Watchdog(Watch):
 
 def _named(rank: int, beat: Heartbeat) -> str:
     return f"rank {rank} (process {beat.process} on {beat.host})"
-
-
-def _one_line(error: BaseException | None) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -424,12 +424,13 @@ def test_what_names_no_slot_is_refused():
         (lambda stream, handle: stream.write(handle, 0.5, 0, SLOT, SLOT), TypeError, r"^layer=0\.5 and slot=0 must be"),
         (lambda stream, handle: stream.place(handle, 0, "a"), TypeError, "^layer=0 and slot='a' must be integers"),
         (lambda stream, handle: stream.attend(handle, None, *[SLOT] * 3), TypeError, "^layer=None and slot=0"),
+        (lambda stream, handle: stream.read_ranges(9), ValueError, "^layer=9 is outside the stream: it has 3 layers"),
         (lambda stream, handle: stream.finish(handle, None), TypeError, "^x must be a tensor, got NoneType"),
         (lambda stream, handle: stream.finish(None, SLOT), TypeError, "^handle must be what start.* got NoneType"),
         (lambda stream, handle: stream.finish(torch.tensor(3), SLOT), RuntimeError, "^This handle belongs to another"),
     ],
 )
-def test_arguments_of_another_type_get_one_sentence(call, error, words):
+def test_arguments_that_name_nothing_get_one_sentence(call, error, words):
     stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
     with pytest.raises(error, match=words):
         call(stream, stream.start())

@@ -66,13 +66,24 @@ if not kernels.INTERPRETED:
     def test_products_with_swiglu_inside_are_put_together_to_the_same(monkeypatch):
         """What the package does, done here: an interleaved product, and the gradient of one."""
 
-        def forward(name, A, B, D, PostAct, concat_layout, **_):
+        counters = []
+
+        def counted(tile_count_semaphore, is_dynamic_persistent):
+            assert is_dynamic_persistent
+            assert tile_count_semaphore.dtype == torch.int32
+            assert tile_count_semaphore.tolist() == [0]
+            assert all(tile_count_semaphore is not other for other in counters), "each call has a counter of its own"
+            counters.append(tile_count_semaphore)
+
+        def forward(name, A, B, D, PostAct, concat_layout, tile_count_semaphore, is_dynamic_persistent, **_):
             assert (name, concat_layout) == ("gemm_act", ("B",))
+            counted(tile_count_semaphore, is_dynamic_persistent)
             D.copy_(A @ gated_products.interleaved(B[0]).mT)
             PostAct.copy_(F.silu(D[..., ::2]) * D[..., 1::2])
 
-        def backward(name, A, B, Out, PreAct, PostAct, **_):
+        def backward(name, A, B, Out, PreAct, PostAct, tile_count_semaphore, is_dynamic_persistent, **_):
             assert name == "gemm_dact"
+            counted(tile_count_semaphore, is_dynamic_persistent)
             with torch.enable_grad():
                 product = PreAct.detach().requires_grad_()
                 hidden = F.silu(product[..., ::2]) * product[..., 1::2]

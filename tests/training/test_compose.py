@@ -174,6 +174,11 @@ def test_a_written_down_sweep_needs_no_flag_and_can_be_changed_by_hand():
     assert found == [(norm, depth) for norm in ("reordered", "pre", "post") for depth in (False, True)]
 
 
+def test_two_equal_jobs_are_refused():
+    with pytest.raises(ConfigError, match=r"The sweep has model\.norm=pre twice, two equal jobs: give each value once"):
+        sweep("-m", "model.norm=pre,post,pre")
+
+
 def test_one_wrong_job_refuses_the_whole_sweep():
     with pytest.raises(ConfigError, match="model=moda_7m does not exist"):
         plan(["-m", "model=moda_tiny,moda_7m"])

@@ -212,3 +212,9 @@ def test_a_backend_that_cannot_take_the_model_is_refused(config, monkeypatch):
     assert message(ConfigError, config) == (
         "parallel.attention_backend=joined cannot be used: it needs a CUDA device, so set it to auto."
     )
+
+
+def test_a_run_directory_behind_a_link_to_nothing_is_refused(config, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    config.run.dir = str(tmp_path / "link" / "run")
+    assert message(ConfigError, config).endswith(f"{tmp_path / 'link'} is a link to nothing: remove it.")
