@@ -43,9 +43,22 @@ class TextTokenizer:
                 f"eos_token={eos_token} is not in the vocabulary of tokenizer={name}: name a token that is."
             )
         self.eos_id = eos_id
+        apart = eos_id in self._tokenizer.get_added_tokens_decoder()  # from the words of a text, by the file itself
         self._tokenizer.add_special_tokens([eos_token])  # in the vocabulary already; from now on marked as special
         self._tokenizer.encode_special_tokens = True  # special tokens in a text are spelled out like any other word
+        if not apart and self._is_text(eos_token):
+            raise DataError(
+                f"eos_token={eos_token} is a word of tokenizer={name} that texts have too, so it ends no document: "
+                "name its end-of-text token."
+            )
         self.vocab_size: int = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _is_text(self, token: str) -> bool:
+        """Whether the EOS comes from a text of `token` or of what its id means, alone or after a line's end."""
+        texts = (token, self._tokenizer.decode([self.eos_id], skip_special_tokens=False))
+        if "\ufffd" in texts[1]:
+            return True  # bytes of a character
+        return any(self.eos_id in self.encode([before + text])[0] for before in ("", "\n") for text in texts)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 
 import data.prepare
 from data.prepare import PrepareOptions, WaitingForTasks, prepare, summary
@@ -357,9 +358,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused_by_name(c4_folder: Path, tmp_p
         run(c4_folder, tmp_path / "out", TokenizerRequest("train", 70_000), dtype="uint16")
     assert not (tmp_path / "out").exists()
     large = tmp_path / "large.json"
-    large.write_text(
-        '{"model": {"type": "WordLevel", "vocab": {"a": 0, "</s>": 70000}, "unk_token": "a"}, "added_tokens": []}'
-    )
+    words = Tokenizer(models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a"))
+    words.add_special_tokens(["</s>"])
+    words.save(str(large))
     with pytest.raises(DataError, match=r"large\.json has 70001 ids, which do not fit dtype=uint16: use dtype=null"):
         run(c4_folder, tmp_path / "out", TokenizerRequest(str(large), 300), dtype="uint16")
     assert run(c4_folder, tmp_path / "out", saved, dtype="uint32")["train"].dtype == "uint32"

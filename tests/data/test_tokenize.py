@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from data.shards import DataError
 from data.tokenize import TextTokenizer, first_texts, load_tokenizer, train_tokenizer
@@ -20,9 +21,10 @@ def saved(tmp_path: Path, tokenizer: TextTokenizer) -> Path:
     return path
 
 
-def word_level(path: Path, words: list[str]) -> Path:
+def word_level(path: Path, words: list[str], special: list[str] | None = None) -> Path:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(special or [])
     tokenizer.save(str(path))
     return path
 
@@ -67,6 +69,24 @@ def test_an_eos_that_the_file_does_not_mark_as_special_is_still_not_read_from_a_
     assert 2 not in loaded.encode(["a</s>a"])[0]
 
 
+@pytest.mark.parametrize("eos", ["a", "Ġ", "Ã", "the", "Ġthe", "[UNK]", "▁foo", "oo"])
+def test_an_eos_that_text_gives_too_is_refused(tmp_path: Path, tokenizer: TextTokenizer, eos: str) -> None:
+    byte_level = Tokenizer.from_str(tokenizer.content.decode())
+    words = word_level(tmp_path / "words.json", ["[UNK]", "x"])
+    sentencepiece = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁foo", -1.0), ("▁", -2.0), ("oo", -3.0)], unk_id=0))
+    sentencepiece.pre_tokenizer = pre_tokenizers.Metaspace()
+    sentencepiece.decoder = decoders.Metaspace()
+    whole = [byte_level, Tokenizer.from_file(str(words)), sentencepiece]
+    content = next(made.to_str() for made in whole if made.token_to_id(eos) is not None)
+    with pytest.raises(DataError, match=rf"^eos_token={re.escape(eos)} is a word of tokenizer=it .*: name its end-of-"):
+        TextTokenizer(content.encode(), "it", eos)
+
+
+def test_an_eos_that_merges_cannot_make_is_taken_though_the_file_does_not_mark_it() -> None:
+    made = Tokenizer(models.BPE({"<": 0, "/": 1, "s": 2, ">": 3, "</s>": 4}, []))
+    assert TextTokenizer(made.to_str().encode(), "it", "</s>").encode(["</s>"]) == [[0, 1, 2, 3]]
+
+
 def test_truncation_padding_and_templates_of_the_file_are_not_applied(tmp_path: Path, saved: Path) -> None:
     changed = Tokenizer.from_file(str(saved))
     changed.enable_truncation(4)
@@ -82,19 +102,22 @@ def test_truncation_padding_and_templates_of_the_file_are_not_applied(tmp_path: 
 
 def test_the_vocabulary_size_covers_ids_with_gaps(tmp_path: Path) -> None:
     path = tmp_path / "gaps.json"
-    Tokenizer(models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a")).save(str(path))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 70_000}, unk_token="a"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(path))
     assert load_tokenizer(str(path), None).vocab_size == 70_001
 
 
 def test_the_eos_is_the_one_stated_then_a_known_one_then_asked_for(tmp_path: Path) -> None:
-    path = word_level(tmp_path / "tokenizer.json", ["[UNK]", "</s>", "<stop>", "<|endoftext|>"])
+    special = ["</s>", "<stop>", "<|endoftext|>"]
+    path = word_level(tmp_path / "tokenizer.json", ["[UNK]", *special, "[SEP]"], [*special, "[SEP]"])
     config = tmp_path / "tokenizer_config.json"
     assert load_tokenizer(str(path), None).eos_token == "<|endoftext|>"
     config.write_text(json.dumps({"eos_token": "<stop>"}))
     assert load_tokenizer(str(path), None).eos_token == "<stop>"
     config.write_text(json.dumps({"eos_token": {"content": "</s>"}}))
     assert load_tokenizer(str(tmp_path), None).eos_token == "</s>"
-    assert load_tokenizer(str(tmp_path), "[UNK]").eos_token == "[UNK]"
+    assert load_tokenizer(str(tmp_path), "[SEP]").eos_token == "[SEP]"
     with pytest.raises(DataError, match="eos_token=nope is not in the vocabulary"):
         load_tokenizer(str(path), "nope")
 
