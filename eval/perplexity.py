@@ -49,15 +49,25 @@ class PerplexityEvaluator:
         self.instances, self.micro_batch_size = instances, micro_batch_size
         self.rank, self.world_size, self.reduce = rank, world_size, reduce
 
+    @property
+    def size(self) -> int:
+        """Instances of all domains together, on all ranks."""
+        return sum(map(self._size, self.datasets.values()))
+
     @torch.no_grad()
     def evaluate(
-        self, model: Decoder, device: torch.device, stop: Callable[[str | None], bool] = lambda failure: False
+        self,
+        model: Decoder,
+        device: torch.device,
+        stop: Callable[[str | None], bool] = lambda failure: False,
+        done: Callable[[int], None] = lambda instances: None,
     ) -> dict[str, float] | None:
         """`validation/DOMAIN/{loss,perplexity,bits_per_byte}` and `validation/mean/loss`, `.../perplexity`.
 
         Ranks compute equally many batches, since a sharded model gathers weights together; all return the result.
         `stop` is asked before each batch, and must say the same on all ranks: when it is true, the result is None. It
         is told why this rank cannot read its batches, or None; where that is no reason to stop, `DataError` is raised.
+        `done` is told after each batch how many instances all ranks took, rows that only fill a rank up among them.
         """
         metrics: dict[str, float] = {}
         losses = []
@@ -77,6 +87,7 @@ class PerplexityEvaluator:
                 batch = micro_batch(rows, eos_id, weight=1.0).to(device)
                 count = (batch.targets >= 0).sum()
                 total += torch.stack((model(*batch[:3]).cross_entropy.double() * count, count))
+                done(len(rows) * self.world_size)
             nats, count = self.reduce(total).tolist()
             loss = nats / count
             losses.append(loss)
@@ -89,9 +100,13 @@ class PerplexityEvaluator:
             metrics["validation/mean/perplexity"] = _exp(metrics["validation/mean/loss"])
         return metrics
 
+    def _size(self, dataset: TokenDataset) -> int:
+        """Instances of a domain."""
+        return len(dataset) if self.instances is None else min(self.instances, len(dataset))
+
     def _batches(self, dataset: TokenDataset) -> list[np.ndarray]:
         """This rank's batches, [rows, sequence_length + 1]; rows of -1 fill up a rank that has fewer."""
-        size = len(dataset) if self.instances is None else min(self.instances, len(dataset))
+        size = self._size(dataset)
         rows = -(-size // self.world_size)  # of every rank
         batches = []
         for start in range(0, rows, self.micro_batch_size):

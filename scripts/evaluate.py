@@ -1,7 +1,8 @@
 """Validation loss by domain of a checkpoint: `python scripts/evaluate.py runs/NAME` (or runs/NAME/checkpoints/step-N).
 
-In: a checkpoint, and by default the shards and instances that its run was validated on. Out: a table, and the numbers
-as JSON on request. On one process or, with torchrun, on several; the numbers are those of the training loop.
+In: a checkpoint, and by default the shards and instances that its run was validated on. Out: a table, the numbers as
+JSON on request, and on standard error how far it is. On one process or, with torchrun, on several; the numbers are
+those of the training loop.
 """
 
 from __future__ import annotations
@@ -23,10 +24,14 @@ from models.config import ConfigError
 from models.decoder import Decoder
 from models.parallelize import parallelize
 from scripts.console import run
-from training.checkpoint import load_checkpoint, newest_marked, verify
+from training.checkpoint import MARKER, load_checkpoint, newest_marked, verify
 from training.compose import config_of_checkpoint
+from training.config import LARGEST_MICRO_BATCH
 from training.data import validation_folders
 from training.distributed import distributed_world
+from training.metrics import Console, TrainingClock, format_count, format_duration
+
+INTERVAL = 10.0  # seconds between two lines of progress
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,10 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> dict[str, float]:
     """The metrics of `eval.perplexity`, with the step of the checkpoint. Raises ConfigError or DataError."""
-    for name in ("instances", "micro_batch_size"):
-        value = getattr(options, name)
-        if value is not None and value < (name != "instances"):
-            raise ConfigError(f"--{name.replace('_', '-')} {value} cannot be used: use a positive integer.")
+    if options.instances is not None and options.instances < 0:
+        raise ConfigError(f"--instances {options.instances} cannot be used: use a positive integer, or 0 for all.")
+    if options.micro_batch_size is not None and options.micro_batch_size < 1:
+        raise ConfigError(f"--micro-batch-size {options.micro_batch_size} cannot be used: use a positive integer.")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
     if options.json is not None and not options.json.parent.is_dir():
@@ -70,8 +75,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
     if options.data is not None and "://" not in options.data and not Path(options.data).is_dir():
         raise ConfigError(f"--data {options.data} is no folder: name a prepared shards directory.")
     checkpoint = newest_marked(options.checkpoint)
+    if not (checkpoint / MARKER).is_file():
+        raise ConfigError(
+            f"{checkpoint} is no whole checkpoint, nor a run that has one: give runs/NAME or "
+            "runs/NAME/checkpoints/step-N."
+        )
     state = verify(checkpoint).state
     config = config_of_checkpoint(checkpoint, state.config)
+    most = LARGEST_MICRO_BATCH // config.data.sequence_length
+    if options.micro_batch_size is not None and options.micro_batch_size > most:
+        raise ConfigError(
+            f"--micro-batch-size {options.micro_batch_size} cannot be used: use at most {most:,} instances of "
+            f"data.sequence_length={config.data.sequence_length}."
+        )
     data = replace(config.data, path=options.data, mixture=[]) if options.data else config.data
     shards = ", ".join(data.paths)
     instances = config.evaluation.instances if options.instances is None else options.instances or None
@@ -100,7 +116,32 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
             model = Decoder(config.model)
         model = parallelize(model, world.mesh, compute_dtype=world.compute_dtype(config.training.precision))
         load_checkpoint(checkpoint, model, None, world)
-        return {"step": state.step} | (evaluator.evaluate(model, world.device) or {})
+        progress = Progress(evaluator.size, data.sequence_length, enabled=world.is_main)
+        return {"step": state.step} | (evaluator.evaluate(model, world.device, done=progress) or {})
+
+
+class Progress:
+    """A plain line on standard error now and then: instances done, speed, time left."""
+
+    def __init__(self, size: int, sequence_length: int, *, enabled: bool) -> None:
+        """`size`: instances in all; `enabled`: false on all ranks but 0."""
+        self.size, self.sequence_length = size, sequence_length
+        self._done = 0
+        self._clock = TrainingClock(0, warmup_steps=0)
+        self._console = Console(size, enabled=enabled, stream=sys.stderr)
+        self._next = INTERVAL  # seconds after the start
+
+    def __call__(self, instances: int) -> None:
+        """Count `instances` more."""
+        self._done = min(self._done + instances, self.size)
+        if self._clock.stepping < self._next or self._done == self.size:
+            return
+        speed = self.sequence_length / self._clock.lap(self._done)
+        left = self._clock.remaining(self.size - self._done) or 0.0
+        self._console.say(
+            f"{self._done:,} of {self.size:,} instances | {format_count(speed)} tok/s | {format_duration(left)} left"
+        )
+        self._next = self._clock.stepping + INTERVAL
 
 
 def table(metrics: dict[str, float]) -> str:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
 
+from scripts import evaluate
 from scripts.evaluate import main
 from tests.shards import tiny_config, write_shards
 from training.metrics import read_metrics
@@ -30,6 +32,20 @@ def test_the_numbers_are_those_of_the_loop(run_dir, tmp_path, capsys, which, ste
     assert f"{expected['validation/odd/bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
+def test_progress_is_a_line_now_and_then_with_speed_and_time_left(run_dir, monkeypatch, capsys):
+    arguments = [str(run_dir), "--device", "cpu", "--instances", "4", "--micro-batch-size", "1"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().err == "", "an evaluation of seconds needs none"
+    monkeypatch.setattr(evaluate, "INTERVAL", 0.0)
+    assert main(arguments) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 7, "one a batch, and none after the last"
+    assert all(
+        re.fullmatch(rf"{number} of 8 instances \| [\d.]+( k| M)? tok/s \| \d+ s left", line)
+        for number, line in enumerate(lines, start=1)
+    )
+
+
 def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, capsys):
     other = write_shards(tmp_path / "other", seed=5)
     for arguments in (["--instances", "0"], ["--data", str(other)]):
@@ -41,11 +57,18 @@ def test_other_instances_and_other_data_change_the_numbers(run_dir, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["/nowhere"], "/nowhere is no whole checkpoint"),
+        (
+            ["/nowhere"],
+            "/nowhere is no whole checkpoint, nor a run that has one: give runs/NAME or runs/NAME/checkpoints",
+        ),
         (["{run}", "--data", "/nowhere"], "--data /nowhere is no folder"),
         (["{run}", "--data", "{other}"], "has another tokenizer"),
-        (["{run}", "--instances", "-3"], "--instances -3"),
+        (["{run}", "--instances", "-3"], "--instances -3 cannot be used: use a positive integer, or 0 for all."),
         (["{run}", "--micro-batch-size", "0"], "--micro-batch-size 0"),
+        (
+            ["{run}", "--micro-batch-size", "100000000000"],
+            "--micro-batch-size 100000000000 cannot be used: use at most",
+        ),
         (["{run}", "--json", "/nowhere/x.json"], "/nowhere does not exist"),
         (["{run}", "--json", "{run}"], "cannot be written: name a new file"),
     ],
