@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.config import ConfigError
 from scripts.console import run
-from scripts.training_benchmark.process import StepsFailed, run_steps
+from scripts.training_benchmark.process import StepsFailed, run_steps, train_arguments
 from training.compose import plan
+from training.config import Config
 from training.metrics import Record, read_metrics
 
 LINES = 10  # steps of the printed table, about
@@ -43,14 +44,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
     both = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides]
-    try:
-        for _, own, _ in sides:
-            plan([*both, *own])  # before the first run takes its time
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     runs = []
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
+        try:
+            for name, own, gpus in sides:  # both before the first takes its time
+                check(plan(train_arguments([*both, *own], Path(folder) / name)).jobs[0].config, gpus, options.steps)
+        except (ConfigError, StepsFailed) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         for name, own, gpus in sides:
             try:  # one step more than is compared: a run is left at the end of a step, before it is logged
                 run_steps([*both, *own], gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
@@ -70,6 +71,18 @@ def main(arguments: list[str] | None = None) -> int:
     verdict = "within" if alike else "ABOVE"
     print(f"{verdict} the tolerance of {options.tolerance:g} over {len(pairs)} of {options.steps} steps")
     return 0 if alike else 1
+
+
+def check(config: Config, gpus: int, steps: int) -> None:
+    """Raise ConfigError for a configuration that cannot run, or that ends before `steps` steps have their records."""
+    config.validate(gpus)
+    key = "steps" if config.training.stop_at is None else "stop_at"
+    last = getattr(config.training, key)
+    if last <= steps:
+        raise ConfigError(
+            f"training.{key}={last} ends the run before --steps {steps} are recorded: use training.{key}={steps + 1} "
+            "or more, or fewer --steps."
+        )
 
 
 def common(a: list[Record], b: list[Record]) -> list[Pair]:

@@ -45,13 +45,12 @@ def run_steps(
     overrides: Sequence[str], *, gpus: int, steps: int, folder: Path, environment: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """Do `steps` steps in the new folder `folder` and return the results of `measure`. Raises StepsFailed."""
-    if own := [override for override in overrides if override.lstrip("+").startswith("run.dir=")]:
-        raise StepsFailed(f"{own[0]} cannot be used: the run directory is one of this script's own.", "")
+    whole = train_arguments(overrides, folder)
     folder.mkdir(parents=True)
     result = folder / "result.json"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
-    command += [str(result), str(steps), str(time.time()), *QUIET, f"run.dir={folder / 'run'}", *overrides]
+    command += [str(result), str(steps), str(time.time()), *whole]
     try:
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -59,6 +58,13 @@ def run_steps(
     if done.returncode or not result.is_file():
         raise StepsFailed(reason(done.stderr, done.returncode), done.stdout + done.stderr)
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def train_arguments(overrides: Sequence[str], folder: Path) -> list[str]:
+    """Arguments of train.py for steps in `folder`. Raises StepsFailed for overrides that name another run directory."""
+    if own := [override for override in overrides if override.lstrip("+").startswith("run.dir=")]:
+        raise StepsFailed(f"{own[0]} cannot be used: the run directory is one of this script's own.", "")
+    return [*QUIET, f"run.dir={folder / 'run'}", *overrides]
 
 
 def kill(launcher: subprocess.Popen[bytes]) -> None:

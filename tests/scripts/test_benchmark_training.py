@@ -6,7 +6,7 @@ import pytest
 
 from scripts import benchmark_training
 from scripts.benchmark_training import main
-from scripts.estimate_memory import _config, largest_that_fits
+from scripts.estimate_memory import _configs, largest_that_fits
 from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, reason, run_steps
 
@@ -40,6 +40,14 @@ def test_no_other_run_is_written_into(tmp_path):
     with pytest.raises(StepsFailed, match=r"run\.dir=.* cannot be used: the run directory is one of this script's own"):
         run_steps([f"run.dir={tmp_path / 'precious'}"], gpus=1, steps=1, folder=tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_early_says_so(shards, tmp_path):
+    overrides = [argument.removeprefix("--set=") for argument in SET]
+    overrides += [f"data.path={shards}", "model=moda_tiny", "training.device=cpu", "training.stop_at=2"]
+    with pytest.raises(StepsFailed, match=r"^error: the run ended after 2 of 5 steps, at step 2: leave away what ends"):
+        run_steps(overrides, gpus=1, steps=5, folder=tmp_path / "new")
 
 
 def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
@@ -171,7 +179,7 @@ def test_a_file_without_results_is_named(content, tmp_path, capsys):
 def test_the_largest_micro_batches_lie_around_what_the_estimate_finds_for_141_gb():
     for model, kind, overrides, sizes in rows.LARGEST:
         batch = ["training.micro_batch_size=8", "training.global_batch_size=8", "data.sequence_length=4096"]
-        config = _config([f"model={model}", *batch, *overrides], 1)
+        (config,) = _configs([f"model={model}", *batch, *overrides], 1).values()
         found = largest_that_fits(config, 1, config.parallel.activation_checkpointing, 141e9)
         assert min(sizes) <= found <= max(sizes), f"{model}{kind}"
 

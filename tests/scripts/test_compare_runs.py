@@ -77,12 +77,22 @@ def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow
     ]
 
 
-@pytest.mark.slow
-def test_a_run_that_stops_early_is_named(shards, capsys):
-    assert main(["--data", str(shards), "--steps", "4", "--a", "training.stop_at=2", *BOTH]) == 2
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (["--b", "model.norm=foo"], "model.norm=foo cannot be used"),
+        (["--b", "training.steps=3"], "training.steps=3 ends the run before --steps 50 are recorded: use training.s"),
+        (["--b", "training.stop_at=50"], "training.stop_at=50 ends the run before --steps 50 are recorded"),
+        (["--gpus-b", "3"], "training.global_batch_size=4 is not divisible by"),
+        (["--b", "run.dir=elsewhere"], "run.dir=elsewhere cannot be used"),
+    ],
+)
+def test_a_mistake_in_the_second_run_is_found_before_the_first_begins(shards, monkeypatch, capsys, mistake, said):
+    monkeypatch.setattr(compare_runs, "run_steps", lambda *_, **__: pytest.fail("a run has begun"))
+    assert main(["--data", str(shards), *BOTH, *mistake]) == 2
     error = capsys.readouterr().err
-    assert "Traceback" not in error
-    assert "run a failed: error: the run ended after 2 of 5 steps, at step 2: leave away what ends it" in error
+    assert error.startswith(f"error: {said}")
+    assert len(error.splitlines()) == 1
 
 
 def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
