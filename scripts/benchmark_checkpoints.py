@@ -37,8 +37,9 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from data.shards import write_atomically
+from scripts import console
 from scripts.page_section import PageSection
-from scripts.training_benchmark.process import StepsFailed, kill, reason
+from scripts.training_benchmark.process import StepsFailed, kill, killed_on_error, reason
 from scripts.training_benchmark.tables import machine
 from training.checkpoint import find_checkpoints, read_marker
 from training.metrics import Record, read_metrics
@@ -69,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     except StepsFailed as failed:
         print(f"error: {failed}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -139,13 +142,14 @@ class Runs:
         """A start that comes to its end. Returns what it printed; raises StepsFailed."""
         process, log = self._start(ranks, overrides)
         begin = told = time.monotonic()
-        while process.poll() is None:
-            time.sleep(0.2)
-            if time.monotonic() - told > 10:
-                told = time.monotonic()
-                say(f"  step {self._step()}")
-            if time.monotonic() - begin > TIMEOUT:
-                kill(process)
+        with killed_on_error(process):
+            while process.poll() is None:
+                time.sleep(0.2)
+                if time.monotonic() - told > 10:
+                    told = time.monotonic()
+                    say(f"  step {self._step()}")
+                if time.monotonic() - begin > TIMEOUT:
+                    kill(process)
         output = log.read_text(errors="replace")
         if process.returncode:
             raise StepsFailed(f"{reason(output, process.returncode)} (all of it: {log})", output)
@@ -158,14 +162,14 @@ class Runs:
         """
         process, log = self._start(ranks, (f"checkpoint.every={every}",))
         begin, first = time.monotonic(), None
-        while first is None or self._step() < first + 5:
-            time.sleep(0.05)
-            if process.poll() is not None or time.monotonic() - begin > TIMEOUT:
-                kill(process)
-                output = log.read_text(errors="replace")
-                raise StepsFailed(f"no checkpoint to kill it after: {reason(output, 0)} (all of it: {log})", output)
-            if first is None and find_checkpoints(self.run_dir):
-                first = self._step()
+        with killed_on_error(process):
+            while first is None or self._step() < first + 5:
+                time.sleep(0.05)
+                if process.poll() is not None or time.monotonic() - begin > TIMEOUT:
+                    output = log.read_text(errors="replace")
+                    raise StepsFailed(f"no checkpoint to kill it after: {reason(output, 0)} (all of it: {log})", output)
+                if first is None and find_checkpoints(self.run_dir):
+                    first = self._step()
         kill(process)
         reached = self._step()
         saved = read_marker(find_checkpoints(self.run_dir)[-1]).state.step
@@ -324,4 +328,4 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

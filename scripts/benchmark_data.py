@@ -40,6 +40,7 @@ from data.prepare import PrepareOptions, prepare
 from data.readers import Piece, read_piece
 from data.sources import Files
 from data.tokenizer_choice import TokenizerRequest
+from scripts.console import run
 
 PREPARE = Path(__file__).resolve().with_name("prepare_data.py")
 CORES = len(os.sched_getaffinity(0))
@@ -278,19 +279,19 @@ def kill(options: argparse.Namespace, scratch: Path) -> None:
     print(f"preparations ended by the same command: all {len(expected)} files identical to those of one left alone")
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0, or 1 when a result is not as it should be."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    for run, megabytes in ((throughput, 32.0), (memory, 8.0), (kill, 8.0)):
-        added = commands.add_parser(run.__name__, help=run.__doc__)
+    for part, megabytes in ((throughput, 32.0), (memory, 8.0), (kill, 8.0)):
+        added = commands.add_parser(part.__name__, help=part.__doc__)
         added.add_argument("paths", help="C4-format files, a glob in quotes")
         added.add_argument("--tokenizer", required=True, help="tokenizer.json")
         added.add_argument("--megabytes", type=float, default=megabytes, help="text to take from the files")
-        added.set_defaults(run=run)
-        if run is throughput:
+        added.set_defaults(run=part)
+        if part is throughput:
             added.add_argument("--rounds", type=int, default=3, help="times that every tool runs")
-        elif run is memory:
+        elif part is memory:
             added.add_argument("--doublings", type=int, default=3, help="times that the input is doubled")
             limit = "leave out longer documents, to read much in little time"
             added.add_argument("--max-characters", type=int, help=limit)
@@ -307,4 +308,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

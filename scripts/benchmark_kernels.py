@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from scripts.console import run
 from scripts.kernel_benchmarks import page, picture, session, tables
 
 PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "kernels.png"
@@ -106,4 +107,4 @@ def _part_names(text: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -28,6 +28,7 @@ from data.mixture import InstanceStream
 from data.packing import PackedDataset
 from data.shard_writer import ShardWriter
 from data.shards import DataError, TokenDataset
+from scripts.console import run
 
 EOS = 0
 
@@ -134,4 +135,4 @@ def _rank(number: int, folder: Path, options: argparse.Namespace, barrier: Any, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.cross_entropy import linear_cross_entropy
+from scripts.console import run
 from scripts.kernel_benchmarks.timing import milliseconds
 
 CHECKED = 2048  # tokens
@@ -103,4 +104,4 @@ def _with_gradients(loss: Loss, hidden: Tensor, weight: Tensor, targets: Tensor,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

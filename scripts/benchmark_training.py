@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.shards import write_atomically
 from models.config import ConfigError
+from scripts import console
 from scripts.page_section import PageSection
 from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             parts = [read(path) for path in options.results]
         else:
             parts = [run(options, shlex.join(["python", "scripts/benchmark_training.py", *arguments]))]
+    except BrokenPipeError:
+        raise
     except (ConfigError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -149,4 +152,4 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console.run(main)

@@ -27,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from data.shards import DataError
 from models.config import ConfigError
+from scripts.console import run
 from scripts.training_benchmark import waits
 from scripts.training_benchmark.measure import StepTimer
 from training.compose import plan
@@ -89,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
         paths = [f"data.path={options.data.resolve()}", f"run.dir={options.out.resolve() / 'run'}"]
         batch = f"training.global_batch_size={8 * int(os.environ.get('WORLD_SIZE', '1'))}"
         measure(["model=moda_700m", batch, *options.overrides, *RUN, *paths], options.out)
+    except BrokenPipeError:
+        raise
     except (ConfigError, DataError, TrainingError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -150,4 +153,4 @@ def report(look: profile, host: HostTimes, steps: list[float], out: Path, world:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

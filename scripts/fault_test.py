@@ -27,6 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from scripts.console import run
 from scripts.fault_injection import endings, files, steps
 from scripts.fault_injection.bench import Bench, Row, undisturbed
 from scripts.fault_injection.ranks import RANKS
@@ -77,8 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     times = options.kills or (3 if options.short else 20)
     rows: list[Row] = []
     print("| fault | how injected | times | lost | message | |\n|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
-        bench = Bench(Path(folder), options.device, gpus)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(options.jobs) as pool,
+        Bench(Path(folder), options.device, gpus) as bench,  # the first to be left: the pool waits for its runs
+    ):
 
         def inject(name: str) -> list[Row]:
             return attempt(name, bench.of(name), times, options.logs)
@@ -114,6 +118,8 @@ def attempt(name: str, bench: Bench, times: int, logs: Path | None) -> list[Row]
     except Exception as error:  # whatever it is: the other faults go on
         bench.note(traceback.format_exc())
         rows = [Row(name, "", 0, "", " ".join(f"{type(error).__name__}: {error}".split()), False)]
+    if bench.ended.is_set():  # by Ctrl-C: what became of the fault says nothing
+        return []
     failed = not all(row.passed or row.skipped for row in rows)
     verdict = "FAILED" if failed else "done"
     print(f"{name}: {verdict}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
@@ -139,4 +145,4 @@ def visible_gpus() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 
 from data.prepare import PrepareOptions
 from data.shards import DataError
+from scripts.console import run
 from scripts.prepare_data import WAITING, load_config
 
 PREPARE = Path(__file__).resolve().with_name("prepare_data.py")
@@ -95,7 +96,7 @@ def launch(options: argparse.Namespace) -> None:
     before.run()  # runs or submits what it depends on first
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done or submitted, 1 a task failed here, 2 a mistake of the user."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, required=True, help="shares of the parts, at most as many as there are")
@@ -124,4 +125,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run(main)

@@ -26,6 +26,7 @@ import moda
 from models.cross_entropy import linear_cross_entropy
 from models.norm_rotary import norm_rotary
 from models.swiglu import swiglu
+from scripts.console import run
 from scripts.kernel_benchmarks import depth
 
 ATTENTION = ("fused", "fused with documents", "fused without slots", "fused in fp32")
@@ -88,13 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     for group in options.group:
         for name in options.only:
-            run = prepare(name, options.tokens, group, options.slots)
+            both_ways = prepare(name, options.tokens, group, options.slots)
             for _ in range(2):
-                run()
+                both_ways()
             torch.cuda.synchronize()
             print(f"{name}, groups of {group}: done", flush=True)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import numpy as np
 
 from data.shard_writer import ShardWriter
+from scripts.training_benchmark.process import kill
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKER = "checkpoint.json"
@@ -114,7 +116,10 @@ class Reference:
 
 
 class Bench:
-    """Runs of one configuration in a folder. Each fault takes a copy, `of`, with logs of its own."""
+    """Runs of one configuration in a folder. Each fault takes a copy, `of`, with logs of its own.
+
+    As a context manager it ends what still runs when it is left, and then starts nothing more, from any thread.
+    """
 
     def __init__(self, folder: Path, device: str = "cpu", gpus: int = 0) -> None:
         self.folder, self.device, self.gpus = folder, device, gpus
@@ -125,8 +130,19 @@ class Bench:
         self.single: Future[Reference] = Future()  # of a run on one rank
         self.pair: Future[Reference] = Future()  # on two
         self.name, self.outputs = "", list[Path]()
+        self.ended = threading.Event()
+        self._ends = list[Callable[[], object]]()  # what ends each run that was started
         (folder / "logs").mkdir()
         write_corpus(folder / "shards")
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with _processes:
+            self.ended.set()
+        for end in self._ends:
+            end()
 
     def of(self, name: str) -> Bench:
         """This bench for one fault; faults may be injected side by side."""
@@ -144,9 +160,12 @@ class Bench:
         reader, writer = self.context.Pipe(duplex=False)  # a limit for the files of the run is none for what it prints
         process = self.context.Process(target=_run, args=(arguments, writer, self.inject + inject))
         with _processes:
+            self._check_going_on()
             process.start()
+            run = Run(process, reader, self._output())
+            self._ends.append(run.end)
         writer.close()
-        return Run(process, reader, self._output())
+        return run
 
     def finish(self, run_dir: Path, *overrides: str, inject: str = "", limit: float = LIMIT) -> int:
         """A run to its end, within `limit` seconds. Returns the exit status; negative: a signal."""
@@ -166,8 +185,11 @@ class Bench:
             "sys.exit(train.main(sys.argv[1:]))\n"
         )
         command = self.launch_command(script, self.run_dir(name), *overrides, restarts=restarts)
-        with open(self._output(), "ab") as output:
-            return subprocess.Popen(command, stdout=output, stderr=output)
+        with open(self._output(), "ab") as output, _processes:
+            self._check_going_on()
+            process = subprocess.Popen(command, stdout=output, stderr=output)
+            self._ends.append(partial(kill, process))
+            return process
 
     def launch(self, name: str, inject: str, *overrides: str, restarts: int = 1) -> int:
         """A run on two ranks under torchrun, to its end. Returns the exit status."""
@@ -227,6 +249,10 @@ class Bench:
         message = f"two runs differ by {difference:g}" if difference else ""
         return Row(fault, how, len(names), into.result().untouched, message, True)
 
+    def _check_going_on(self) -> None:
+        if self.ended.is_set():
+            raise RuntimeError("the faults were interrupted")
+
     def _output(self) -> Path:
         self.outputs.append(self.folder / "logs" / f"{self.name}-{len(self.outputs)}.txt")
         self.outputs[-1].touch()
@@ -261,6 +287,12 @@ class Run:
             os.kill(self._process.pid, signal.SIGUSR2)  # type: ignore[arg-type]  # it was started
             time.sleep(1)
         self._process.kill()
+
+    def end(self) -> None:
+        """SIGKILL where it has not ended; nothing is left of it then, nor written by it."""
+        if self.going_on():
+            self.kill()
+        self.status()
 
     def status(self) -> int:
         """The exit status once it has one, and all that it printed is there; negative: a signal."""

@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,16 @@ def run_steps(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
     command += [str(result), str(steps), str(time.time()), *whole]
-    try:
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        raise StepsFailed(f"not done within {TIMEOUT} s", "") from None
-    if done.returncode or not result.is_file():
-        raise StepsFailed(reason(done.stderr, done.returncode), done.stdout + done.stderr)
+    process = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process, killed_on_error(process):
+        try:
+            printed, errors = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise StepsFailed(f"not done within {TIMEOUT} s", "") from None
+    if process.returncode or not result.is_file():
+        raise StepsFailed(reason(errors, process.returncode), printed + errors)
     return json.loads(result.read_text(encoding="utf-8"))
 
 
@@ -67,8 +71,20 @@ def train_arguments(overrides: Sequence[str], folder: Path) -> list[str]:
     return [*QUIET, f"run.dir={folder / 'run'}", *overrides]
 
 
-def kill(launcher: subprocess.Popen[bytes]) -> None:
+@contextmanager
+def killed_on_error(launcher: subprocess.Popen[Any]) -> Iterator[None]:
+    """`kill` where the block is left by an exception, Ctrl-C among them: nothing then runs on without its starter."""
+    try:
+        yield
+    except BaseException:
+        kill(launcher)
+        raise
+
+
+def kill(launcher: subprocess.Popen[Any]) -> None:
     """SIGKILL for the ranks of a torchrun, all at once, and for the launcher; of a single process for that."""
+    if launcher.poll() is not None:
+        return  # its number may be another's by now
     ranks = [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(pid) == launcher.pid]
     for pid in [*ranks, launcher.pid]:
         with suppress(ProcessLookupError):

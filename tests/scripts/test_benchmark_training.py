@@ -1,6 +1,8 @@
 """The training benchmark: rows that run on two small layers, what a failed row leaves, how results become a table."""
 
 import json
+import signal
+import subprocess
 
 import pytest
 
@@ -8,7 +10,7 @@ from scripts import benchmark_training
 from scripts.benchmark_training import main
 from scripts.estimate_memory import _configs, largest_that_fits
 from scripts.training_benchmark import picture, rows, tables
-from scripts.training_benchmark.process import StepsFailed, reason, run_steps
+from scripts.training_benchmark.process import StepsFailed, killed_on_error, reason, run_steps
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set=data.sequence_length=16"]
@@ -40,6 +42,15 @@ def test_no_other_run_is_written_into(tmp_path):
     with pytest.raises(StepsFailed, match=r"run\.dir=.* cannot be used: the run directory is one of this script's own"):
         run_steps([f"run.dir={tmp_path / 'precious'}"], gpus=1, steps=1, folder=tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_measurement_leaves_no_rank():
+    launcher = subprocess.Popen(["bash", "-c", "sleep 1000 & echo started; wait"], stdout=subprocess.PIPE)
+    assert launcher.stdout.readline() == b"started\n"
+    with pytest.raises(KeyboardInterrupt), killed_on_error(launcher):
+        raise KeyboardInterrupt
+    assert launcher.returncode == -signal.SIGKILL
+    assert launcher.stdout.read() == b"", "the sleep would hold the pipe"
 
 
 @pytest.mark.slow

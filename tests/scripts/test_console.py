@@ -1,13 +1,22 @@
 """How scripts end: scripts/console.py."""
 
+import ast
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from scripts import benchmark_checkpoints, benchmark_training, benchmark_waits
 from scripts.console import run
+
+SCRIPTS = sorted(
+    path
+    for path in Path(__file__).resolve().parents[2].glob("scripts/*.py")
+    if "__main__" in path.read_text(encoding="utf-8") and path.stem != "prepare_data"  # which `interruptible` ends
+)
 
 # A shell's background jobs ignore Ctrl-C, and what they start does too: what is tested is what comes of it elsewhere.
 ENDLESS = """
@@ -46,3 +55,21 @@ def test_ctrl_c_is_a_word_and_no_traceback():
     _, said = process.communicate(timeout=60)
     assert said == b"interrupted\n"
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_ends_this_way(path):
+    last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
+    assert isinstance(last, ast.If)
+    assert [ast.unparse(statement).removeprefix("console.") for statement in last.body] == ["run(main)"]
+
+
+@pytest.mark.parametrize("script", [benchmark_checkpoints, benchmark_training, benchmark_waits])
+def test_a_benchmark_that_says_why_a_file_fails_leaves_a_reader_that_has_gone_to_this(script, tmp_path, monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(script, "measure" if script is benchmark_waits else "run", gone)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(BrokenPipeError):
+        script.main(["--data", str(tmp_path), "--out", str(tmp_path)])

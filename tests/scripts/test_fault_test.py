@@ -1,7 +1,14 @@
 """scripts/fault_test.py: faults in whole runs of their own; the long form is for a person's eyes."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +28,50 @@ def test_random_kills_a_full_disk_and_a_device_without_memory_lose_no_bit(tmp_pa
     assert [row["fault"] for row in found[:3]] == ["none", "killed", "killed, asynchronous=false"]
     assert len(found) == 7
     assert all(row["passed"] for row in found)
+
+
+# A shell's background jobs ignore Ctrl-C, and what they start does too: what is tested is what comes of it elsewhere.
+INTERRUPTED = """
+import signal
+from scripts import console, fault_test
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+console.run(fault_test.main)
+"""
+
+
+def started_with(folder):
+    """Processes whose temporary folder this is."""
+    found = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"TMPDIR={folder}".encode() in environment.read_bytes().split(b"\0"):
+                found.append(int(environment.parent.name))
+    return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_runs_and_leaves_no_file(tmp_path):
+    def wait_for(what):
+        end = time.monotonic() + 120
+        while not what():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    command = [sys.executable, "-c", INTERRUPTED, "--only", "killed-waiting,crafted", "--short", "--jobs", "2"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    wait_for(lambda: len(list(tmp_path.glob("*/*/metrics.jsonl"))) > 1)  # the undisturbed run and one more
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert said.splitlines()[-1:] == [b"interrupted"]
+    assert b"Traceback" not in said
+    assert b"FAILED" not in said
+    assert process.returncode == 130
+    wait_for(lambda: not started_with(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_fault_that_nobody_knows_is_no_success(capsys):
