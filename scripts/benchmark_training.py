@@ -35,6 +35,7 @@ from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
 
 SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
+RESULTS = "training.json"
 # Folders of compiled kernels: of torch.compile, Triton, quack-kernels and flash-attn-4.
 CACHES = (
     *("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"),
@@ -77,6 +78,10 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise ValueError(f"--data {options.data} holds no token shards: prepare some with scripts/prepare_data.py.")
     if options.steps < 3:
         raise ValueError(f"--steps {options.steps} leaves nothing to measure: use at least 3.")
+    if (options.out / RESULTS).exists():
+        raise ValueError(
+            f"--out {options.out} holds the {RESULTS} of an earlier measurement: give a new folder, --from shows both."
+        )
     todo = rows.chosen(options.rows)
     results: dict[str, Any] = {"commands": [command], "environment": {}, "rows": {}, "failures": {}}
     options.out.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             rate = measured["tokens_per_second"] / 1e3
             print(f"  {measured['startup']}", flush=True)
             print(f"  {rate:.1f} k tokens/s, {time.monotonic() - begin:.0f} s in all", flush=True)
-        write_atomically(options.out / "training.json", (json.dumps(results, indent=1) + "\n").encode())
+        write_atomically(options.out / RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     return results
 
 

@@ -72,6 +72,16 @@ def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+def test_rows_of_an_earlier_measurement_are_kept(shards, tmp_path, capsys):
+    (tmp_path / "training.json").write_text("earlier")
+    assert main(["--data", str(shards), "--out", str(tmp_path), "--set=parallel.compile=some"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --out {tmp_path} holds the training.json of an earlier measurement: give a new folder, "
+        "--from shows both.\n"
+    )
+    assert (tmp_path / "training.json").read_text() == "earlier"
+
+
 def test_every_row_has_a_name_of_its_own_and_a_batch_that_its_gpus_can_share():
     assert len({row.name for row in rows.ROWS}) == len(rows.ROWS)
     for row in rows.ROWS:
