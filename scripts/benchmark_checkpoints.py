@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.docs:
             SECTION.check(PAGE)
         if options.results:
-            results = json.loads(options.results.read_text(encoding="utf-8"))
+            results = read(options.results)
         else:
             results = run(options, shlex.join(["python", "scripts/benchmark_checkpoints.py", *arguments]))
     except StepsFailed as failed:
@@ -110,6 +110,19 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         if not options.cost_only:
             results |= kill_and_resume(options, Path(folder) / "killed", undisturbed)
     write_atomically(options.out / "checkpoints.json", (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Results of an earlier measurement. Raises ValueError, in one sentence, for a file that holds none."""
+    try:
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        render(results)  # which looks at everything that is shown
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"--from {path} holds no results of this benchmark ({error!r}): give a checkpoints.json "
+            "that it has written."
+        ) from None
     return results
 
 

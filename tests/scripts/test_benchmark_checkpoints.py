@@ -86,6 +86,15 @@ def test_a_kill_that_loses_more_than_the_interval_is_a_failure(reached, tmp_path
             runs.kill(1, 20)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "[1]", "3", "null", '{"saved": [{}]}', '{"saved": 3}', "no", ""])
+def test_a_file_without_results_is_one_sentence(content, tmp_path, capsys):
+    (tmp_path / "made.json").write_text(content)
+    assert main(["--from", str(tmp_path / "made.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --from {tmp_path / 'made.json'} holds no results of this benchmark (")
+    assert error.endswith("): give a checkpoints.json that it has written.\n")
+
+
 def test_losses_of_the_same_steps_are_compared():
     other = records([1.0] * 5)[2:]
     other[1]["train/loss"] += 0.25
