@@ -122,16 +122,26 @@ class InstanceStream:
 
     def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Dataset and instance in it at each of `positions` (int64 [n], ≥ 0): two int64 [n]."""
+        numbers, before = self._precede(positions)
+        instances = np.empty_like(before)
+        for number, order in enumerate(self._orders):
+            chosen = numbers == number
+            instances[chosen] = order.order(before[chosen])
+        return numbers, instances
+
+    def epochs(self, positions: np.ndarray) -> np.ndarray:
+        """Epoch, from 0, of its own dataset that each of `positions` (int64 [n], ≥ 0) stands in: int64 [n]."""
+        numbers, before = self._precede(positions)
+        return before // np.array([len(dataset) for dataset in self.datasets])[numbers]
+
+    def _precede(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset at each of `positions`, and how many of its own instances come before: two int64 [n]."""
         positions = np.asarray(positions, dtype=np.int64)
         if positions.size and positions.min() < 0:
             raise ValueError(f"position {positions.min()} is negative: positions count from 0")
         periods, places = np.divmod(positions, self.period)
         numbers = self._table[places]
-        instances = np.empty_like(positions)
-        for number, order in enumerate(self._orders):
-            chosen = numbers == number
-            instances[chosen] = order.order(periods[chosen] * self.counts[number] + self._rank[places[chosen]])
-        return numbers, instances
+        return numbers, periods * np.array(self.counts)[numbers] + self._rank[places]
 
     def rows(self, numbers: np.ndarray, instances: np.ndarray) -> np.ndarray:
         """The ids of located instances: int64 `[n, sequence_length + 1]` (see `data.shards.Instances`)."""

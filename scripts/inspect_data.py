@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -53,10 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--position", type=int, default=0, help="where in the stream to begin with them")
     parser.add_argument("--histogram", action="store_true", help="read everything: ids, lengths of documents")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
-    parser.add_argument(
-        "--overlap", type=int, default=0, metavar="N", help="N-grams that validation and training share (0: none)"
-    )
-    parser.add_argument("--windows", type=int, default=0, metavar="W", help="shares of a mixture over windows of W")
+    parser.add_argument("--overlap", type=int, metavar="N", help="N-grams that validation and training share")
+    parser.add_argument("--windows", type=int, metavar="W", help="shares of a mixture over windows of W")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw a batch, as windows and packed")
     parser.add_argument("--cache", type=Path, help="folder for copies of remote shards")
     options = parser.parse_args(arguments)
@@ -74,6 +73,16 @@ class Inspection:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        for name, least in (("sequence-length", 1), ("instances", 0), ("position", 0), ("overlap", 1), ("windows", 1)):
+            value = getattr(options, name.replace("-", "_"))
+            if value is not None and value < least:
+                raise DataError(f"--{name} {value} cannot be used: use {least} or more.")
+        if options.instances > MOST_INSTANCES:
+            raise DataError(f"--instances {options.instances} cannot be used: use at most {MOST_INSTANCES:,}.")
+        if options.picture is not None and not options.picture.absolute().parent.is_dir():
+            raise DataError(f"--picture {options.picture} cannot be written: its folder does not exist.")
+        if options.picture is not None and options.picture.suffix.lower() not in PICTURES:
+            raise DataError(f"--picture {options.picture} cannot be drawn: name it {', '.join(PICTURES)}.")
         self.weights: list[float] = []
         self.roots: list[Path] = []
         for entry in options.shards:
@@ -82,18 +91,11 @@ class Inspection:
                 self.weights.append(float(weight) if equals else 1.0)
             except ValueError:
                 raise DataError(f"{entry} cannot be read: write PATH=WEIGHT with a number, or PATH alone.") from None
+            if not 0 < self.weights[-1] < math.inf:
+                raise DataError(f"{entry} cannot be used: write PATH=WEIGHT with a positive number, or PATH alone.")
             self.roots.append(localized(path if equals else entry, options.cache, print))
             check_shards_dir(self.roots[-1])
             check_tokenizer(self.roots[-1])
-        for name, least in (("instances", 0), ("position", 0), ("overlap", 0), ("windows", 0)):
-            if getattr(options, name) < least:
-                raise DataError(f"--{name} {getattr(options, name)} cannot be used: use {least} or more.")
-        if options.instances > MOST_INSTANCES:
-            raise DataError(f"--instances {options.instances} cannot be used: use at most {MOST_INSTANCES:,}.")
-        if options.picture is not None and not options.picture.absolute().parent.is_dir():
-            raise DataError(f"--picture {options.picture} cannot be written: its folder does not exist.")
-        if options.picture is not None and options.picture.suffix.lower() not in PICTURES:
-            raise DataError(f"--picture {options.picture} cannot be drawn: name it {', '.join(PICTURES)}.")
         self.problems: list[str] = []
         self._streams: dict[str, InstanceStream] = {}  # by packing
 
@@ -216,11 +218,12 @@ class Inspection:
 
     def _instances(self) -> None:
         stream = self._stream(self.options.packing)
-        numbers, indices = stream.locate(
-            np.arange(self.options.position, self.options.position + self.options.instances)
-        )
-        for row, number, index in zip(stream.rows(numbers, indices), numbers.tolist(), indices.tolist(), strict=True):
-            print(f"instance {index} of {stream.datasets[number].stream.folder}")
+        positions = np.arange(self.options.position, self.options.position + self.options.instances)
+        numbers, indices = stream.locate(positions)
+        located = zip(numbers.tolist(), indices.tolist(), stream.epochs(positions).tolist(), strict=True)
+        for row, (number, index, epoch) in zip(stream.rows(numbers, indices), located, strict=True):
+            again = f", epoch {epoch + 1}" if epoch else ""
+            print(f"instance {index} of {stream.datasets[number].stream.folder}{again}")
             decode = _Decoder(self.roots[number])
             begin = 0
             for end in [*(np.flatnonzero(row == stream.eos_id) + 1).tolist(), len(row)]:

@@ -97,6 +97,15 @@ def test_each_dataset_goes_through_its_own_epochs(datasets: list[TokenDataset]) 
             assert np.array_equal(np.sort(part), np.arange(len(dataset)))
 
 
+def test_the_epoch_of_a_position_is_that_of_its_own_dataset(datasets: list[TokenDataset]) -> None:
+    stream = InstanceStream(datasets, WEIGHTS, seed=3)
+    numbers, _ = stream.locate(np.arange(1000))
+    epochs = stream.epochs(np.arange(1000))
+    for number, dataset in enumerate(datasets):
+        own = epochs[numbers == number]
+        assert own.tolist() == [place // len(dataset) for place in range(len(own))]
+
+
 def test_a_position_alone_says_what_stands_there(datasets: list[TokenDataset]) -> None:
     stream = InstanceStream(datasets, WEIGHTS, seed=1)
     numbers, instances = stream.locate(np.arange(500))

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from data.shards import read_manifest
+from data.shards import TokenDataset, read_manifest
 from scripts.inspect_data import main
 from tests.shards import write_shards
 
@@ -56,6 +56,15 @@ def test_instances_are_shown_with_their_documents_and_the_order_of_a_run(folder,
     assert " 0'" in windows, "a document ends with EOS, 0"
     assert "places of padding" in packed
     assert "% padding" in packed
+
+
+def test_an_instance_beyond_the_first_epoch_names_its_own(folder, capsys):
+    size = len(TokenDataset(folder / "train", 64))
+    arguments = ["--sequence-length", "64", "--instances", "2", "--position"]
+    for position, epochs in ((size - 1, [[], ["epoch 2"]]), (5 * size, [["epoch 6"]] * 2)):
+        assert main([str(folder), *arguments, str(position)]) == 0
+        shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("instance ")]
+        assert [line.split(", ")[1:] for line in shown] == epochs
 
 
 def test_a_tokenizer_of_other_data_is_refused_and_a_missing_one_is_said_to_be(folder, tmp_path, capsys):
@@ -120,7 +129,14 @@ def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsy
         (["nowhere"], "nowhere/train does not exist"),
         (["{folder}=much"], "write PATH=WEIGHT with a number"),
         (["{folder}", "--instances", "1000000000"], "--instances 1000000000 cannot be used: use at most 100,000"),
-        (["{folder}=-1", "--windows", "5", "--sequence-length", "16"], "weight of -1.0"),
+        (
+            ["{folder}=-1", "--windows", "5", "--sequence-length", "16"],
+            "=-1 cannot be used: write PATH=WEIGHT with a pos",
+        ),
+        (["{folder}=0"], "=0 cannot be used: write PATH=WEIGHT with a positive number"),
+        (["{folder}", "--overlap", "0"], "--overlap 0 cannot be used: use 1 or more"),
+        (["{folder}", "--windows", "0"], "--windows 0 cannot be used: use 1 or more"),
+        (["{folder}", "--sequence-length", "0", "--instances", "1"], "--sequence-length 0 cannot be used: use 1 or"),
         (["{folder}", "--instances", "-3"], "--instances -3 cannot be used"),
         (["{folder}", "--picture", "no/where/x.png"], "--picture no/where/x.png cannot be written"),
         (["{folder}", "--picture", "x.csv"], "--picture x.csv cannot be drawn: name it .png"),
@@ -129,8 +145,9 @@ def test_a_folder_of_several_sources_is_named_with_what_is_in_it(tmp_path, capsy
 )
 def test_a_mistake_is_one_sentence(arguments, message, folder, capsys):
     assert main([argument.format(folder=folder) for argument in arguments]) == 2
-    error = capsys.readouterr().err
+    said, error = capsys.readouterr()
     assert message in error
+    assert "train:" not in said or "longer than the data" in error, "refused before a page is printed"
     assert error.startswith("error: ")
     assert error.count("\n") == 1
 
