@@ -10,6 +10,7 @@ block       the same for the slots of several layers, dK, dV in fp32: what a blo
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -99,10 +100,8 @@ def prepare(kernel: str, problem: Problem) -> Callable[[], None]:
     from moda.kernels import depth
 
     generator = torch.Generator("cuda").manual_seed(0)
+    random = partial(timing.random, generator)
     tokens, heads, scale = problem.tokens, problem.group * problem.kv_heads, problem.head_dim**-0.5
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
 
     def statistic(*readers: int) -> Tensor:  # an lse so large that no probability overflows
         return torch.randn(*readers, 1, tokens, heads, device="cuda", generator=generator) + 20

@@ -113,7 +113,7 @@ class JointBenchmark:
     def _inputs(time: int, group: int, seed: int) -> list[torch.Tensor]:
         generator = torch.Generator("cuda").manual_seed(seed)
         heads = (group * paper.KV_HEADS, paper.KV_HEADS, paper.KV_HEADS, group * paper.KV_HEADS)
-        return [_random(generator, 1, time, number, paper.HEAD_DIM) for number in heads]
+        return [timing.random(generator, 1, time, number, paper.HEAD_DIM) for number in heads]
 
     def copy_speed(self) -> float:
         """`timing.copy_speed`, once."""
@@ -128,7 +128,7 @@ class JointBenchmark:
     def _moda(self, backend: str, time: int, group: int, slots: int) -> baselines.Run:
         q, k, v, do = self._inputs(time, group, 0)
         generator = torch.Generator("cuda").manual_seed(1)
-        pair = [_random(generator, slots, *k.shape) for _ in range(2)]
+        pair = [timing.random(generator, slots, *k.shape) for _ in range(2)]
         return baselines.through_autograd(lambda *x: moda.attention(*x, backend=backend), (q, k, v, *pair), do)
 
     def _sequence(self, kernel: baselines.SequenceKernel, time: int, group: int) -> float:
@@ -137,7 +137,3 @@ class JointBenchmark:
             runs = [kernel.prepare(*self._inputs(time, group, seed)) for seed in range(sets)]
             self._sequence_times[case] = timing.milliseconds(*runs)
         return self._sequence_times[case]
-
-
-def _random(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)

@@ -14,6 +14,7 @@ their gradients stay in that layout, as in the paper.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ def block_mask(step: str, time: int, group: int, slots: int, chunk: int, device:
     first, last = torch.arange(0, time, tokens)[:, None], torch.arange(chunk - 1, time, chunk)[None]
     whole = torch.zeros_like(looks)
     whole[:, : time // chunk] = last <= first  # below the diagonal nothing is masked
-    partial, full = (_as_lists(blocks.to(device)) for blocks in (looks & ~whole, whole))
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=chunk, mask_mod=allowed)
+    masked, full = (_as_lists(blocks.to(device)) for blocks in (looks & ~whole, whole))
+    return BlockMask.from_kv_blocks(*masked, *full, BLOCK_SIZE=chunk, mask_mod=allowed)
 
 
 def _as_lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,11 +115,7 @@ def error(step: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float
 def measure(say: Callable[[str], None]) -> dict[str, Any]:
     """Every step at the shape of Table 7, checked against the definition in fp32 and timed; B = 1, bf16."""
     time, group, slots = paper.TABLE_7_TIME, paper.TABLE_7_GROUP, paper.TABLE_7_SLOTS
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-
+    random = partial(timing.random, torch.Generator("cuda").manual_seed(0))
     q, do = (random(1, time, group * paper.KV_HEADS, paper.HEAD_DIM) for _ in range(2))
     k, v = (random(1, time, paper.KV_HEADS, paper.HEAD_DIM) for _ in range(2))
     inputs = [q, k, v, *(random(slots, *k.shape) for _ in range(2))]

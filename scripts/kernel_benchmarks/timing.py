@@ -1,4 +1,4 @@
-"""Time on the device: medians of CUDA events, the copy speed, and what the measurements ran on."""
+"""Time on the device: medians of CUDA events, the copy speed, random inputs, and what the measurements ran on."""
 
 from __future__ import annotations
 
@@ -89,6 +89,11 @@ def copy_speed() -> float:
     source = torch.empty(COPY_BYTES // 2, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     return 2 * COPY_BYTES / milliseconds(lambda: target.copy_(source)) * 1e3
+
+
+def random(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """An input of a measurement: normal, bf16, on the present CUDA device, where `generator` is."""
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16, generator=generator)
 
 
 def free() -> None:
