@@ -31,6 +31,7 @@ from scripts.console import run
 from scripts.fault_injection import endings, files, steps
 from scripts.fault_injection.bench import Bench, Row, undisturbed
 from scripts.fault_injection.ranks import RANKS
+from training.config import one_line
 
 Fault = Callable[[Bench, int], Row | list[Row]]
 FAULTS: dict[str, Fault] = {
@@ -117,7 +118,7 @@ def attempt(name: str, bench: Bench, times: int, logs: Path | None) -> list[Row]
         rows = found if isinstance(found, list) else [found]
     except Exception as error:  # whatever it is: the other faults go on
         bench.note(traceback.format_exc())
-        rows = [Row(name, "", 0, "", " ".join(f"{type(error).__name__}: {error}".split()), False)]
+        rows = [Row(name, "", 0, "", one_line(error), False)]
     if bench.ended.is_set():  # by Ctrl-C: what became of the fault says nothing
         return []
     failed = not all(row.passed or row.skipped for row in rows)
