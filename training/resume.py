@@ -78,6 +78,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
             raise ConfigError(
                 f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
             )
+        _check_own(run_dir)
         check_allowed(config, flatten(resolved(config)))
         return None
     path = own = _newest(run_dir, locked, watch)
