@@ -57,6 +57,7 @@ class _Step:
     lr: float
     numbers: Numbers
     memory: int  # bytes, peak
+    elapsed: float  # seconds of all starts, by the clock
     paused: float  # seconds of this start, by the clock
     data_waited: float  # likewise, by the loader
 
@@ -106,7 +107,14 @@ class StepMetrics:
     def _step(self, state: TrainState, loss: Tensor, grad_norm: Tensor, lr: float) -> _Step:
         numbers = Numbers([*loss, grad_norm, *self.spikes.counts()])
         return _Step(
-            state.step, state.tokens, lr, numbers, self._peak_memory(), self.clock.paused_seconds, self.loader.waited
+            state.step,
+            state.tokens,
+            lr,
+            numbers,
+            memory=self._peak_memory(),
+            elapsed=self.clock.elapsed,
+            paused=self.clock.paused_seconds,
+            data_waited=self.loader.waited,
         )
 
     def finish(self) -> StepValues:
@@ -120,6 +128,7 @@ class StepMetrics:
         cross_entropy, z_loss, grad_norm, skipped, longest_skip = step.numbers.read()
         seconds = step.numbers.seconds_since(before.numbers)
         if seconds is not None:
+            step.elapsed = before.elapsed + seconds  # when it was done, not when it was queued
             seconds -= step.paused - before.paused
         seconds = self.clock.lap(step.step, seconds)
         rate = self.tokens_per_step / seconds
@@ -133,7 +142,7 @@ class StepMetrics:
             **{f"throughput/{name}": share for name, share in self.utilization(rate).items()},
             "memory/peak_gb": step.memory / 1e9,
             "time/data_wait_share": (step.data_waited - before.data_waited) / (seconds * (step.step - before.step)),
-            "time/elapsed_seconds": self.clock.elapsed,
+            "time/elapsed_seconds": step.elapsed,
         }
         return StepValues(step.step, step.tokens, values, int(longest_skip))
 

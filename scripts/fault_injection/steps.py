@@ -13,7 +13,7 @@ from scripts.fault_injection.bench import STEPS, Bench, Row, records
 
 SPOKEN_FOR = """
 from types import SimpleNamespace
-torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=780_000)
+torch.cuda.get_device_properties = lambda device: SimpleNamespace(total_memory=700_000)
 def full(): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ...")
 _inject(13, full)
 """

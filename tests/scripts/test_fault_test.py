@@ -53,7 +53,7 @@ def started_with(folder):
 @pytest.mark.slow
 def test_ctrl_c_ends_all_runs_and_leaves_no_file(tmp_path):
     def wait_for(what):
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not what():
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -65,7 +65,7 @@ def test_ctrl_c_ends_all_runs_and_leaves_no_file(tmp_path):
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
     )
-    wait_for(lambda: len(list(temporary.glob("*/*/metrics.jsonl"))) > 1)  # the undisturbed run and one more
+    wait_for(lambda: process.poll() is not None or list(temporary.glob("*/*/metrics.jsonl")))  # of any run
     os.kill(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=120)
     assert said.splitlines()[-1:] == [b"interrupted"]
