@@ -13,7 +13,7 @@ HEADINGS = (
     "÷ OLMo2",
     "peak memory (estimate)",
     "wait for data",
-    "start to first step, cold / warm",
+    "start to first step (cold / warm, else caches as found)",
     "steps",
     "commit",
 )
@@ -80,7 +80,7 @@ def _row(name: str, row: dict[str, Any], rows: dict[str, Any]) -> str:
     if baseline and "peak_bytes" in row and "peak_bytes" in baseline:
         ratio += f" (memory {row['peak_bytes'] / baseline['peak_bytes']:.2f})"
     peak = f"{row['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in row else "–"
-    cold = f"{row['cold_start_seconds']:.0f}" if "cold_start_seconds" in row else "–"
+    cold = f"{row['cold_start_seconds']:.0f} s / " if "cold_start_seconds" in row else ""
     shares = (f"{100 * row[key]:.1f} %" if key in row else "–" for key in ("mfu", "mfu_causal"))
     cells = [
         f"`{name}`",
@@ -91,7 +91,7 @@ def _row(name: str, row: dict[str, Any], rows: dict[str, Any]) -> str:
         ratio,
         f"{peak} GB ({row['estimated_bytes'] / 1e9:.1f} GB)",
         f"{100 * row['data_wait_share']:.2f} %",
-        f"{cold} s / {row['start_to_first_step_seconds']:.0f} s",
+        f"{cold}{row['start_to_first_step_seconds']:.0f} s",
         str(row["steps"]),
         _commit(row["commit"]),
     ]
