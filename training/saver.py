@@ -128,10 +128,8 @@ class CheckpointSaver:
         """Whether `checkpoint.every` allows no more than these `step` steps without the save that runs."""
         return self._writing is not None and self.schedule.is_at_bound(step, self.saved_step)
 
-    def keep_bound(self, step: int, stepping: float) -> None:
-        """When `step` steps are done: wait for the save that runs, if they are at the bound; `stepping` as there."""
-        if not self.is_at_bound(step):
-            return
+    def wait_at_bound(self, step: int, stepping: float) -> None:
+        """Wait for the save that runs: `step` steps are done, at the bound; `stepping` as in `save`."""
         self._waits_since = begin = time.perf_counter()
         self._end_write(step, stepping)
         self._waits_since = None

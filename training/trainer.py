@@ -301,8 +301,8 @@ class Trainer:
     def _keep_bound(self) -> None:
         if self.saver.is_at_bound(self.state.step):
             self._finish_record()
-        with self.clock.paused():
-            self.saver.keep_bound(self.state.step, self.clock.stepping)
+            with self.clock.paused():
+                self.saver.wait_at_bound(self.state.step, self.clock.stepping)
         if self.saver.schedule.tries_again(self.state.step) and self._check_skips() == 0:
             self._save()
             self._keep_bound()
@@ -473,7 +473,8 @@ class Trainer:
                 f"begins again, and they are kept as {self.log.set_aside().name}"
             )
         self.log.rewind(self.last_recorded)
-        if self.log.last_step < self.last_recorded - self.records_every:
+        begun_now = self.log.last_step < 0 and self.state.begun_from is not None  # at a step of another run's
+        if not begun_now and self.log.last_step < self.last_recorded - self.records_every:
             self.console.say(
                 f"warning: {self.log.path} has no records between step {max(self.log.last_step, 0)} and the "
                 f"checkpoint's, {self.state.step}: some were lost"

@@ -1,6 +1,7 @@
 """training/resume.py: a run and its own checkpoints; the command that continues it (damage: test_checkpoint.py)."""
 
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from models.config import ConfigError
 from tests.training.runs import short, untimed
 from training.checkpoint import find_checkpoints, read_marker
 from training.resume import choose_checkpoint, continue_command
-from training.trainer import train
+from training.trainer import Trainer, train
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "first", "RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_GPUS_PER_NODE": "4"}
@@ -129,6 +130,27 @@ def test_records_that_are_lost_are_missed(left, run, capsys):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:left]))
     train(run)
     assert f"has no records between step {left} and the checkpoint's, 8: some were lost" in capsys.readouterr().out
+
+
+def test_a_run_that_began_at_a_step_of_another_and_has_no_record_yet_misses_none(
+    saved, shards, tmp_path, capsys, monkeypatch
+):
+    config = short(shards, tmp_path / "run", resume=str(saved / "checkpoints" / "step-4"))
+    config.logging.every = 3
+    step = Trainer._step
+
+    def signalled(self, *given):
+        signal.raise_signal(signal.SIGTERM)
+        return step(self, *given)
+
+    with monkeypatch.context() as signals, pytest.raises(SystemExit):
+        signals.setattr(Trainer, "_step", signalled)
+        train(config)
+    assert find_checkpoints(tmp_path / "run")[-1].name == "step-5"
+    assert not (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    config.checkpoint.resume = "auto"
+    train(config)
+    assert "some were lost" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_the_seconds_of_a_device_count_less_its_pauses(shards, tmp_path, later, 
     train(config)
     first, second = read_metrics(tmp_path / "run" / "metrics.jsonl")
     rates = [record["throughput/tokens_per_second"] for record in (first, second)]
-    assert rates == pytest.approx([4 * 16 / 4.0] * 2, rel=1e-3)  # less what a look at the bound takes
+    assert rates == [4 * 16 / 4.0] * 2
     config = tiny_config(shards, tmp_path / "paused")
     config.evaluation.every, config.training.steps = 0, 1
     monkeypatch.setattr(TrainingClock, "paused_seconds", property(lambda self: 2.0 * getattr(self, "steps_begun", 0)))
