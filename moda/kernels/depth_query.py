@@ -257,8 +257,10 @@ def backward_vector(
         ds = p * (dp - delta_rows).to(tl.float32) * scale
         acc += ds[:, :, None] * k[None, :, :]
         if SLOT_GRADIENTS:
-            tl.store(dk + at_kv, tl.sum(ds[:, :, None] * queries, 0).to(dk.dtype.element_ty), mask=in_kv)
-            tl.store(dv + at_kv, tl.sum(p[:, :, None] * grads, 0).to(dv.dtype.element_ty), mask=in_kv)
+            # Products are fma's with nothing: one contracted into the sum of two threads would be rounded otherwise in
+            # each of them, and both write the sum to the same place in shared memory.
+            tl.store(dk + at_kv, tl.sum(tl.fma(ds[:, :, None], queries, 0.0), 0).to(dk.dtype.element_ty), mask=in_kv)
+            tl.store(dv + at_kv, tl.sum(tl.fma(p[:, :, None], grads, 0.0), 0).to(dv.dtype.element_ty), mask=in_kv)
             dk += gradient_stride
             dv += gradient_stride
         keys += slot_stride
