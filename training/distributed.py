@@ -23,6 +23,7 @@ from models.accounting import peak_flops
 from models.config import ConfigError
 from training.config import TrainingError
 from training.rendezvous import presence
+from training.startup import keep_compiled_kernels
 
 _jobs = itertools.count()
 
@@ -122,6 +123,7 @@ def distributed_world(device: str, stopping: Callable[[], Signals | None] = lamb
     if kind == "cuda":
         own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(own)
+        keep_compiled_kernels(own.index)
     job = next(_jobs)  # jobs of one process share the store of the launcher
     store = dist.HashStore() if size == 1 else presence().meet(job, stopping)
     with nullcontext() if size == 1 else presence().connecting():

@@ -1,12 +1,15 @@
 """Where the time before the first step goes."""
 
+import os
 import re
 import subprocess
 import sys
 import time
 
+import pytest
+
 from tests.shards import tiny_config
-from training.startup import Startup, process_begin
+from training.startup import FLASH_ATTENTION_CACHE, Startup, keep_compiled_kernels, process_begin
 from training.trainer import train
 
 
@@ -46,3 +49,43 @@ def test_a_run_says_it_once(shards, tmp_path, capsys):
     train(config)
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("first step")]
     assert re.search(r"data \d.*, model \d.*, checkpoint \d.*, evaluation \d.*, step \d", line)
+
+
+@pytest.fixture
+def caches(monkeypatch, tmp_path):
+    """What the environment says of compiled kernels: nothing, but for where temporary files go."""
+    names = ["TRITON_CACHE_DIR", *(f"{FLASH_ATTENTION_CACHE}_{name}" for name in ("DIR", "ENABLED"))]
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return lambda: [os.environ.get(name) for name in names]
+
+
+def test_kernels_are_kept_where_torchinductor_will_have_triton_keep_them(caches, tmp_path):
+    keep_compiled_kernels(3)
+    folder = tmp_path / f"flash_attention_cute_dsl_{os.getuid()}"
+    assert caches() == [str(tmp_path / "inductor" / "triton" / "3"), str(folder), "1"]
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_said_of_kernels_stays(caches, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "here")
+    monkeypatch.setenv(f"{FLASH_ATTENTION_CACHE}_DIR", str(tmp_path / "there"))
+    monkeypatch.setenv(f"{FLASH_ATTENTION_CACHE}_ENABLED", "0")
+    keep_compiled_kernels(0)
+    assert caches() == ["here", str(tmp_path / "there"), "0"]
+
+
+def test_kernels_that_another_user_may_have_written_are_not_loaded(caches, monkeypatch):
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    keep_compiled_kernels(0)
+    assert caches()[2] is None
+
+
+def test_a_folder_that_cannot_be_made_is_done_without(caches, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(f"{FLASH_ATTENTION_CACHE}_DIR", str(tmp_path / "file" / "folder"))
+    keep_compiled_kernels(0)
+    assert caches()[2] is None
