@@ -15,6 +15,7 @@ softmax; p its probabilities; do the gradient of o; delta = rowsum(do * o); ds t
 """
 
 from moda.attention import attention, explain
-from moda.depth_stream import DepthStream, slot_memory
+from moda.depth_stream import DepthStream
+from moda.lease import slot_memory
 
 __all__ = ["DepthStream", "attention", "explain", "slot_memory"]

@@ -102,16 +102,19 @@ def explain(
     depth_k: Tensor | None = None,
     depth_v: Tensor | None = None,
     *,
+    scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
+    return_lse: bool = False,
 ) -> str:
     """Which backend a call of `attention` with these arguments takes, with which kernels, and why not a faster one.
 
-    Nothing is computed. Raises ValueError where `attention` would.
+    Nothing is computed; `scale` and `return_lse` change nothing. Raises what `attention` would for the same arguments.
     """
     check_sequence(q, k, v, cu_seqlens)
     _check_depth(q, k, depth_k, depth_v)
     check_backend(backend)
+    scale_of(q, scale)
     operators.check_documents(q, cu_seqlens)
     chosen = choose_backend(backend, q, k, cu_seqlens)
     lines = [f"{chosen.__name__.rpartition('.')[2]}: {chosen.explain(q, k, cu_seqlens)}"]
@@ -136,9 +139,9 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
     if q.numel() == 0 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"The query heads must be a positive multiple of the kv heads, no axis empty, got {shapes}.")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}.")
+        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}; {shapes}.")
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}.")
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}; {shapes}.")
     if cu_seqlens is not None and (
         cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.dtype not in _INTEGERS
     ):
@@ -156,7 +159,9 @@ def check_tensors(**arguments: object) -> None:
     """Raise TypeError, with the argument's name in it, for what is no tensor."""
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(argument).__name__}: convert it with torch.as_tensor.")
+            how = "torch.stack, if it holds tensors, or " if isinstance(argument, list | tuple) else ""
+            kind = type(argument).__name__
+            raise TypeError(f"{name} must be a tensor, got {kind}: convert it with {how}torch.as_tensor.")
 
 
 def check_backend(backend: object) -> None:

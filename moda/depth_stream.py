@@ -11,7 +11,8 @@ the host without a synchronisation, and left alone by whatever a wrapper (FSDP2,
 Gradients are pulled. The backward of a read computes the gradients of its own q, k, v only and leaves (q, do, lse,
 delta) behind; the backward of a write sums over the readers that came after it. Nothing is accumulated in memory, and
 no operator returns a gradient for another layer's slot. What readers leave belongs to one backward pass: it is kept
-under the number of autograd's graph task, unseen by any other (nested, interrupted, of another thread), to its end.
+under the number of autograd's graph task, unseen by any other (nested, interrupted, of another thread), to its end;
+where an exception ends it, to the graph's.
 
 The lease belongs to the graph: to autograd's node of `start`, which every handle reaches. A backward pass that goes all
 the way to it and does not retain the graph empties it; else it is freed with the graph. The caching allocator is the
@@ -21,135 +22,19 @@ next `start` finds that nobody has the pass's newest handle any more: an excepti
 
 from __future__ import annotations
 
-import itertools
-import math
 import weakref
-from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from moda import reference
 from moda.attention import check_backend, check_sequence, check_tensors, scale_of
 from moda.backends import choose_backend
 from moda.first_order import first_order
+from moda.lease import Lease, in_backward, lease_numbers, leases, newest_handle, next_handle, without_view
 from moda.operators import check_documents
-from moda.readers import Gradients, Readers, Way
-
-
-@dataclass(eq=False)
-class _Lease:
-    """The storage and the bookkeeping of one forward pass and its backward passes."""
-
-    number: int
-    records_grad: bool
-    keys: Tensor | None  # [slots, batch, time, kv_heads, head_dim]
-    values: Tensor | None
-    operations: int = 0  # writes and reads of the forward pass so far
-    newest: StorageWeakRef | None = None  # what that handle and its aliases share
-    written: set[int] = field(default_factory=set)  # slots
-    read: set[int] = field(default_factory=set)  # layers
-    query_heads: int | None = None  # of the layers that read slots
-    aliases: dict[int, list[Tensor]] = field(default_factory=dict)  # slot: K and V as returned, without their graphs
-    spent: float = math.inf  # slots from this one on hold sums of gradients
-    readers: dict[int, Readers] = field(default_factory=dict)  # graph task: what its backward has left so far
-
-    def storage(self, slots: int = 0) -> tuple[Tensor, Tensor]:
-        """All keys and values, of which the first `slots` slots must hold what was written."""
-        if self.keys is None or self.values is None or slots > self.spent:
-            raise RuntimeError(
-                "The depth stream's storage was freed by an earlier backward pass through this graph: "
-                "call backward(retain_graph=True) there to go through it again."
-            )
-        return self.keys, self.values
-
-    def readers_of_backward(self, num_layers: int, lse: Tensor, sums: torch.dtype) -> Readers:
-        """Those of the present backward pass, shaped for readers with such an lse; made at the first read."""
-        task = torch._C._current_graph_task_id()
-        if task not in self.readers:
-            self.readers[task] = Readers(num_layers, lse, sums)
-
-            def forget() -> None:
-                self.readers.pop(task, None)
-
-            torch.autograd.Variable._execution_engine.queue_callback(forget)  # when this backward pass ends
-        return self.readers[task]
-
-    def finished_readers(self) -> Readers | None:
-        """Those of the present backward pass, None before its first read."""
-        return self.readers.get(torch._C._current_graph_task_id())
-
-    def spare(self, first: int, stop: int, dtype: torch.dtype) -> Gradients:
-        """Room for two sums in `dtype` where the slots first..stop-1 were, for which nobody has use any more.
-
-        What has saved those slots for a backward of its own will raise there.
-        """
-        self.spent = min(self.spent, first)
-        for slot in range(first, stop):
-            torch.autograd.graph.increment_version(self.aliases.get(slot, []))
-        keys, values = (x[first:stop].view(-1).view(dtype).view(-1, *x.shape[1:]) for x in self.storage())
-        return keys, values
-
-    def apart(self, x: Tensor) -> Tensor:
-        """x, or a copy where it lies in the slots, which may be spent while a reader still needs it."""
-        slots = (tensor.untyped_storage().data_ptr() for tensor in self.storage())
-        return x.clone() if x.untyped_storage().data_ptr() in slots else x
-
-    def end_backward(self) -> None:
-        """The whole graph has been gone through: free the slots unless the graph is kept."""
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
-            self.keys = self.values = None
-            self.aliases.clear()
-
-
-_numbers = itertools.count()  # of leases: one sequence for all streams, so that a handle never fits another's
-_leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()  # by number, of all streams
-
-
-def _in_backward() -> bool:
-    """Whether autograd runs on this thread: a forward operation is then the recomputation of a checkpointed block."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _next_handle(handle: Tensor, lease: _Lease) -> Tensor:
-    operations = handle.shape[1] + 1
-    lease.operations = max(lease.operations, operations)  # a recomputation goes through the numbers again
-    return _newest(handle.new_empty(lease.number, operations, 0), lease)
-
-
-def _newest(handle: Tensor, lease: _Lease) -> Tensor:
-    """The handle, noted as the newest of a pass that nothing else keeps alive."""
-    if not lease.records_grad:
-        lease.newest = StorageWeakRef(handle.untyped_storage())
-    return handle
-
-
-def _without_view(storage: Tensor, index: int) -> Tensor:
-    """Slot `index` of the storage as a tensor with a version counter of its own.
-
-    Views share one counter, so that writing a slot would invalidate what autograd saved of all the others.
-    """
-    stride, *strides = storage.stride()
-    return storage.new_empty(0).set_(storage.untyped_storage(), index * stride, storage.shape[1:], strides)
-
-
-def slot_memory(place: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The slot that `DepthStream.place` has named, for its K and V to be written to; None where they need other memory.
-
-    That is so in a backward pass: a recomputation comes when the slot may hold sums of gradients.
-    """
-    if not isinstance(place, Tensor) or place.shape != (2,) or place.dtype != torch.int64:
-        raise TypeError(f"place={place!r} must be what DepthStream.place has returned.")
-    number, slot = place.tolist()
-    lease = _leases.get(number)
-    if lease is None or slot in lease.written or _in_backward():
-        return None
-    keys, values = lease.storage()
-    if not 0 <= slot < len(keys):
-        raise ValueError(f"place={place!r} names none of the {len(keys)} slots of its pass.")
-    return _without_view(keys, slot), _without_view(values, slot)
+from moda.readers import Gradients, Way
 
 
 class DepthStream:
@@ -165,7 +50,19 @@ class DepthStream:
         first_layers: with `recent_layers`, the slots of this many first layers are read too.
 
     A stream serves any number of passes, one after the other or at the same time; each holds
-    2 * num_layers * slots_per_layer * batch * time * num_kv_heads * head_dim elements.
+    2 * num_layers * slots_per_layer * batch * time * num_kv_heads * head_dim elements. A pass goes through the layers,
+    counted from 0, in rising order, and every operation takes the handle that the one before it has returned:
+
+        handle = stream.start()
+        for layer in range(num_layers):
+            ...                                                   # q, k, v of the layer
+            k, v, handle = stream.write(handle, layer, 0, k, v)
+            out, handle = stream.attend(handle, layer, q, k, v)
+            ...                                                   # its FFN; a second slot: write(handle, layer, 1, ...)
+        x = stream.finish(handle, x)
+
+    A reader's slots must all be written, in its own layer before or after it attends, and all readers have as many
+    query heads. Under autocast `dtype` is autocast's. Compile what lies between these calls, not around them.
     """
 
     def __init__(
@@ -201,12 +98,16 @@ class DepthStream:
             raise ValueError(f"first_layers={first_layers} is no number of layers: use 0 or more.")
         if first_layers and recent_layers is None:
             raise ValueError(f"first_layers={first_layers} has no effect without recent_layers: give both, or neither.")
+        try:
+            self.device = torch.device(device)
+        except (RuntimeError, TypeError):
+            raise ValueError(f"device={device!r} names no device: use one such as 'cuda' or 'cpu'.") from None
         self.num_layers, self.slots_per_layer = num_layers, slots_per_layer
         self.slot_shape = (batch, time, num_kv_heads, head_dim)
-        self.dtype, self.device = dtype, torch.device(device)
+        self.dtype = dtype
         self.recent_layers, self.first_layers = recent_layers, first_layers
-        self._leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()
-        self._without_grad: dict[int, _Lease] = {}  # passes that no graph keeps alive
+        self._leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
+        self._without_grad: dict[int, Lease] = {}  # passes that no graph keeps alive
 
     @property
     def nbytes(self) -> int:
@@ -236,11 +137,11 @@ class DepthStream:
         """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it)."""
         for lost in [n for n, lease in self._without_grad.copy().items() if lease.newest and lease.newest.expired()]:
             self._without_grad.pop(lost, None)
-        number = next(_numbers)
+        number = next(lease_numbers)
         shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
         keys = torch.empty(shape, dtype=self.dtype, device=self.device)
-        lease = _Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
-        self._leases[number] = _leases[number] = lease
+        lease = Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
+        self._leases[number] = leases[number] = lease
         anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)
         handle = _Start.apply(anchor, lease)
         if not lease.records_grad:
@@ -272,8 +173,9 @@ class DepthStream:
         check_tensors(k=k, v=v)
         lease = self._lease(handle)
         self._check_place(layer, slot)
+        self._check_order(lease, layer)
         index = layer * self.slots_per_layer + slot
-        if index in lease.written and not _in_backward():
+        if index in lease.written and not in_backward():
             raise RuntimeError(f"Slot {slot} of layer {layer} is written already in this pass: a slot is written once.")
         if k.shape != self.slot_shape or v.shape != self.slot_shape:
             raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}.")
@@ -281,7 +183,15 @@ class DepthStream:
             raise ValueError(
                 f"k ({k.dtype}, {k.device}) and v ({v.dtype}, {v.device}) must be {self.dtype} on {self.device}."
             )
-        return _Write.apply(handle, k, v, self, lease, layer, index)
+        if not in_backward() and (taken := lease.memory_of_another(index, k, v)) is not None:
+            raise ValueError(
+                f"k or v lies in the memory of slot {taken} of all, for which place() has named it: give what "
+                f"slot_memory() has for slot {slot} of layer {layer}, or tensors with memory of their own."
+            )
+        returned_k, returned_v, handle = _Write.apply(handle, k, v, self, lease, layer, index)
+        if lease.records_grad and not in_backward():
+            lease.versions[index] = [returned_k._version, returned_v._version]
+        return returned_k, returned_v, handle
 
     @torch.compiler.disable
     def attend(
@@ -299,7 +209,8 @@ class DepthStream:
         """Attention of `layer` over its sequence and the slots of the layers before it; shapes as `moda.attention`.
 
         k, v may be longer than the slots, with the tokens before these at their front (a key-value cache): slots are of
-        the queries' own tokens and need none.
+        the queries' own tokens and need none. A cache that outlives a backward pass is to be of clones of what `write`
+        returns, whose memory that pass uses.
 
         Returns the output [batch, time, query_heads, head_dim] and the next handle. Raises ValueError or TypeError for
         arguments that do not fit, RuntimeError for a handle that is not the newest of its pass, a second read by one
@@ -311,7 +222,8 @@ class DepthStream:
         scale = scale_of(q, scale)
         lease = self._lease(handle)
         self._check_place(layer, 0)
-        if layer in lease.read and not _in_backward():
+        self._check_order(lease, layer)
+        if layer in lease.read and not in_backward():
             raise RuntimeError(f"Layer {layer} has read already in this pass: a layer reads once.")
         fits = (*q.shape[:2], *k.shape[2:]) == self.slot_shape and k.dtype == self.dtype
         if not fits or k.device != lease.storage()[0].device:
@@ -319,6 +231,12 @@ class DepthStream:
                 f"q {tuple(q.shape)} and k ({tuple(k.shape)}, {k.dtype}, {k.device}) must have batch and time, and "
                 f"heads, head_dim, dtype and device, of the stream's slots, {self.slot_shape}, {self.dtype}, "
                 f"{self.device}."
+            )
+        if lease.records_grad and not in_backward() and (slot := lease.changed()) is not None:
+            at, slot = divmod(slot, self.slots_per_layer)
+            raise RuntimeError(
+                f"The keys or values of slot {slot} of layer {at} were changed in place since write() returned them: "
+                "their gradients would be wrong. Change them before write(), or change a copy."
             )
         for start, stop in self.read_ranges(layer):
             if missing := [s for s in range(start, stop) if s not in lease.written]:
@@ -354,7 +272,17 @@ class DepthStream:
                 f"of {self.slots_per_layer} slots."
             )
 
-    def _lease(self, handle: Tensor) -> _Lease:
+    def _check_order(self, lease: Lease, layer: int) -> None:
+        """Backwards come in reverse, and a block of layers is pulled when the first of its slots is asked for."""
+        if in_backward():
+            return
+        if layer < lease.layer:
+            raise RuntimeError(
+                f"Layer {layer} comes after layer {lease.layer} in this pass: layers write and read in rising order."
+            )
+        lease.layer = layer
+
+    def _lease(self, handle: Tensor) -> Lease:
         if not isinstance(handle, Tensor):
             raise TypeError(
                 f"handle must be what start() or the operation before has returned, got {type(handle).__name__}."
@@ -364,10 +292,15 @@ class DepthStream:
             raise RuntimeError(
                 "This handle belongs to another stream, or to a pass that has ended: call start() for a new one."
             )
-        if handle.shape[1] != lease.operations and not _in_backward():
+        if handle.shape[1] != lease.operations and not in_backward():
             raise RuntimeError(
                 f"This handle was returned by operation {handle.shape[1]} of its pass, which has come to "
                 f"{lease.operations}: give every operation the handle that the one before it returned."
+            )
+        if lease.records_grad and not handle.requires_grad and not in_backward():
+            raise RuntimeError(
+                f"This handle, of operation {handle.shape[1]} of its pass, was detached: gradients would be lost. "
+                "Give every operation the handle that the one before it returned."
             )
         if lease.records_grad != torch.is_grad_enabled():
             started, now = ("on", "off") if lease.records_grad else ("off", "on")
@@ -382,13 +315,13 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, Integral | torch.SymInt)
 
 
-def _slots(stream: DepthStream, lease: _Lease, layer: int) -> reference.Slots:
+def _slots(stream: DepthStream, lease: Lease, layer: int) -> reference.Slots:
     """Keys and values that `layer` reads, a pair a range."""
     keys, values = lease.storage(layer * stream.slots_per_layer)
     return [(keys[start:stop], values[start:stop]) for start, stop in stream.read_ranges(layer)]
 
 
-def _pull(stream: DepthStream, lease: _Lease, layer: int, slot: int) -> Gradients | None:
+def _pull(stream: DepthStream, lease: Lease, layer: int, slot: int) -> Gradients | None:
     """What the readers of the present backward pass give to a slot."""
     readers = lease.finished_readers()
     if readers is None:
@@ -406,7 +339,7 @@ class _Start(torch.autograd.Function):
     @staticmethod
     def forward(ctx, anchor, lease):
         ctx.lease = lease
-        return _newest(anchor.new_empty(anchor.shape), lease)
+        return newest_handle(anchor.new_empty(anchor.shape), lease)
 
     @staticmethod
     @first_order
@@ -422,14 +355,14 @@ class _Write(torch.autograd.Function):
     def forward(ctx, handle, k, v, stream, lease, layer, slot):
         ctx.set_materialize_grads(False)
         keys, values = lease.storage()
-        slot_k, slot_v = _without_view(keys, slot), _without_view(values, slot)
+        slot_k, slot_v = without_view(keys, slot), without_view(values, slot)
         for target, source in ((slot_k, k), (slot_v, v)):
             if source.data_ptr() != target.data_ptr() or source.stride() != target.stride():
                 target.copy_(source)
         lease.written.add(slot)
         lease.aliases.setdefault(slot, []).extend((slot_k.detach(), slot_v.detach()))  # a recomputation makes new ones
         ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape
-        return slot_k, slot_v, _next_handle(handle, lease)
+        return slot_k, slot_v, next_handle(handle, lease)
 
     @staticmethod
     @first_order
@@ -455,7 +388,7 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.stream, ctx.lease, ctx.layer, ctx.handle_shape = stream, lease, layer, handle.shape
         ctx.scale, ctx.operations = scale, operations
-        return out, _next_handle(handle, lease)
+        return out, next_handle(handle, lease)
 
     @staticmethod
     @first_order

@@ -45,9 +45,9 @@ class Partial(NamedTuple):
 class Readers:
     """The finished readers of one backward pass.
 
-    q and do stay where autograd has them; this holds on to them until the pass ends. `addresses` names their places to
-    kernels, written by the readers' own kernels. lse and delta are stacked over layers; delta, and sums of gradients,
-    are in the accumulation dtype, lse in its own.
+    q and do stay where autograd has them; this holds on to them until the pass ends, or its graph is freed. `addresses`
+    names their places to kernels, written by the readers' own kernels. lse and delta are stacked over layers; delta,
+    and sums of gradients, are in the accumulation dtype, lse in its own.
     """
 
     def __init__(self, num_layers: int, lse: Tensor, sums: torch.dtype = torch.float32) -> None:
@@ -61,8 +61,11 @@ class Readers:
         self._along: dict[int, Gradients] = {}  # slot: gradients that the pull of a later slot took along
 
     def keep(self, layer: int, q: Tensor, do: Tensor) -> None:
-        """Hold on to what the reader of a layer leaves."""
-        self.tensors[layer] = (q, do)
+        """Hold on to what the reader of a layer leaves, not to the graph that it comes from.
+
+        That reaches the lease, which holds this: a backward pass that an exception ends would never be freed.
+        """
+        self.tensors[layer] = (q.detach(), do.detach())
 
     @property
     def held(self) -> list[Tensor]:

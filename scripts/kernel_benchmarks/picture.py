@@ -77,5 +77,5 @@ def _draw_memory(axes: Any, part: dict[str, Any], device: str) -> None:
     axes.set_xticks(sorted({row["layers"] for row in part["rows"]}))
     axes.set_xlabel("layers")
     axes.set_ylabel("peak memory, GB")
-    axes.set_title(f"Stack of attention layers with depth, {device}")
+    axes.set_title(f"Stack of attention layers with depth\n{device}")
     axes.legend(loc="upper left")

@@ -168,7 +168,12 @@ def tensor(*shape, dtype=torch.float32):
             "as many queries as keys",
         ),
         ((tensor(1, 4, 2, 8), tensor(1, 4, 2, 8), tensor(1, 4, 1, 8)), {}, "one shape"),
-        ((tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8, dtype=torch.float64)] * 2), {}, "one floating dtype"),
+        (
+            (tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8, dtype=torch.float64)] * 2),
+            {},
+            r"one floating dtype.*q \(1, 4, 2, 8\)",
+        ),
+        ((tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8).to("meta")] * 2), {}, r"one device.*q \(1, 4, 2, 8\)"),
         ((*[tensor(1, 4, 2, 8)] * 3, tensor(2, 1, 4, 2, 8)), {}, "together"),
         ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 5, 2, 8)] * 2), {}, r"depth_k \(2, 1, 5, 2, 8\)"),
         ((*[tensor(1, 4, 2, 8)] * 3, *[tensor(2, 1, 4, 2, 8, dtype=torch.float16)] * 2), {}, "dtype and device of k"),

@@ -344,6 +344,27 @@ def test_a_handle_of_another_stream_is_refused():
         stack.layers[0](x, other.start(), stream, 0)
 
 
+@pytest.mark.parametrize("failing", [1, 4])
+def test_a_backward_pass_that_an_exception_ends_leaves_nothing(failing):
+    stack, x, inputs = Stack(num_layers=6), random_input(), []
+    stream = stack.stream(x)
+
+    def call(block, x, *arguments):
+        inputs.append(x)
+        return block(x, *arguments)
+
+    loss = loss_of(stack(x, stream, call=call))
+    inputs[failing].register_hook(lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    assert stream.nbytes > 0
+    del loss
+    inputs.clear()
+    torch.zeros((), requires_grad=True).backward()  # autograd lets go of what it has not come to with its next pass
+    gc.collect()
+    assert stream.nbytes == 0
+
+
 def test_a_second_write_or_read_at_one_place_is_refused():
     stream = moda.DepthStream(3, 1, 4, 2, 8, slots_per_layer=2, dtype=torch.float32, device="cpu")
     k, v, handle = stream.write(stream.start(), 0, 0, SLOT, SLOT)
@@ -450,12 +471,14 @@ def test_arguments_that_name_nothing_get_one_sentence(call, error, words):
         ({"first_layers": -1}, "first_layers=-1"),
         ({"dtype": torch.int32}, r"dtype=torch\.int32"),
         ({"dtype": None}, "dtype=None"),
+        ({"device": "gpu"}, "device='gpu'"),
+        ({"device": None}, "device=None"),
     ],
 )
 def test_a_stream_that_cannot_be_made_names_the_argument(change, words):
     arguments = {"num_layers": 3, "batch": 1, "time": 4, "num_kv_heads": 2, "head_dim": 8, "slots_per_layer": 1}
     with pytest.raises(ValueError, match=words):
-        moda.DepthStream(**{**arguments, "dtype": torch.float32, **change}, device="cpu")
+        moda.DepthStream(**{**arguments, "dtype": torch.float32, "device": "cpu", **change})
 
 
 def test_layers_of_a_pass_have_one_number_of_query_heads():

@@ -1,0 +1,64 @@
+"""Uses of the depth stream whose gradients would be wrong without a word: they are refused."""
+
+import pytest
+import torch
+
+import moda
+from tests.moda.stack import Stack, random_input
+
+
+def stream_and_kv(num_layers=3, slots_per_layer=1):
+    stream = moda.DepthStream(
+        num_layers, 1, 4, 2, 8, slots_per_layer=slots_per_layer, dtype=torch.float32, device="cpu"
+    )
+    return stream, torch.randn(1, 4, 2, 8, requires_grad=True)
+
+
+def test_a_detached_handle_is_refused():
+    stack, x = Stack(num_layers=2), random_input()
+    stream = stack.stream(x)
+    out, handle = stack.layers[0](x, stream.start(), stream, 0)
+    with pytest.raises(RuntimeError, match="of operation 3 of its pass, was detached"):
+        stack.layers[1](out, handle.detach(), stream, 1)
+
+
+@pytest.mark.parametrize("part", [lambda x: x, lambda x: x[..., ::2]], ids=["all", "some"])
+@pytest.mark.parametrize("which", [0, 1], ids=["keys", "values"])
+def test_what_write_has_returned_is_not_to_be_changed(which, part):
+    stream, x = stream_and_kv()
+    k, v, handle = stream.write(stream.start(), 0, 0, x, x)
+    out, handle = stream.attend(handle, 0, x, k, v)
+    part((k, v)[which]).mul_(2.0)
+    *_, handle = stream.write(handle, 1, 0, out, out)
+    with pytest.raises(RuntimeError, match="slot 0 of layer 0 were changed in place since write"):
+        stream.attend(handle, 1, x, x, x)
+
+
+def test_what_write_has_returned_can_be_kept_and_read():
+    stream, x = stream_and_kv()
+    with torch.inference_mode():
+        k, v, handle = stream.write(stream.start(), 0, 0, x, x)
+        _, handle = stream.attend(handle, 0, x, k.clone().mul_(2.0), v)
+        *_, handle = stream.write(handle, 1, 0, k, v)  # another slot's, which is written: copied
+        stream.attend(handle, 1, x, k, v)
+
+
+def test_layers_go_in_rising_order():
+    stream, x = stream_and_kv(slots_per_layer=2)
+    *_, handle = stream.write(stream.start(), 1, 0, x, x)
+    with pytest.raises(RuntimeError, match="Layer 0 comes after layer 1 in this pass"):
+        stream.write(handle, 0, 0, x, x)
+    *_, handle = stream.write(handle, 1, 1, x, x)
+    with pytest.raises(RuntimeError, match="Layer 0 comes after layer 1 in this pass"):
+        stream.attend(handle, 0, x, x, x)
+
+
+def test_the_memory_of_a_slot_is_for_that_slot():
+    stream, _ = stream_and_kv(slots_per_layer=2)
+    handle = stream.start()
+    (k, v), (k1, v1) = (moda.slot_memory(stream.place(handle, 0, slot)) for slot in (0, 1))
+    for swapped in ((v, k), (k, v1), (k1, v1)):
+        with pytest.raises(ValueError, match=r"lies in the memory of slot [01] of all"):
+            stream.write(handle, 0, 0, *swapped)
+    *_, handle = stream.write(handle, 0, 0, k, v)
+    stream.write(handle, 0, 1, k1, v1)
