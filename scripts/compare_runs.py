@@ -57,7 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
                 run_steps([*both, *own], gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
             except StepsFailed as failed:
                 said = "" if str(failed).startswith("error:") else f"{failed.output}\n"  # all that there was to say
-                print(f"{said}error: run {name} failed: {failed}", file=sys.stderr)
+                why = str(failed).removeprefix("error: ")
+                print(f"{said}error: run {name} failed: {why}", file=sys.stderr)
                 return 2
             runs.append(read_metrics(Path(folder) / name / "run" / "metrics.jsonl"))
     pairs = common(*runs)

@@ -29,9 +29,8 @@ from training.compose import config_of_checkpoint
 from training.config import LARGEST_MICRO_BATCH
 from training.data import validation_folders
 from training.distributed import distributed_world
-from training.metrics import Console, TrainingClock, format_count, format_duration
-
-INTERVAL = 10.0  # seconds between two lines of progress
+from training.evaluation_progress import EvaluationProgress
+from training.metrics import Console
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,32 +115,9 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
             model = Decoder(config.model)
         model = parallelize(model, world.mesh, compute_dtype=world.compute_dtype(config.training.precision))
         load_checkpoint(checkpoint, model, None, world)
-        progress = Progress(evaluator.size, data.sequence_length, enabled=world.is_main)
+        console = Console(evaluator.size, enabled=world.is_main, stream=sys.stderr)
+        progress = EvaluationProgress(evaluator.size, data.sequence_length, console.say)
         return {"step": state.step} | (evaluator.evaluate(model, world.device, done=progress) or {})
-
-
-class Progress:
-    """A plain line on standard error now and then: instances done, speed, time left."""
-
-    def __init__(self, size: int, sequence_length: int, *, enabled: bool) -> None:
-        """`size`: instances in all; `enabled`: false on all ranks but 0."""
-        self.size, self.sequence_length = size, sequence_length
-        self._done = 0
-        self._clock = TrainingClock(0, warmup_steps=0)
-        self._console = Console(size, enabled=enabled, stream=sys.stderr)
-        self._next = INTERVAL  # seconds after the start
-
-    def __call__(self, instances: int) -> None:
-        """Count `instances` more."""
-        self._done = min(self._done + instances, self.size)
-        if self._clock.stepping < self._next or self._done == self.size:
-            return
-        speed = self.sequence_length / self._clock.lap(self._done)
-        left = self._clock.remaining(self.size - self._done) or 0.0
-        self._console.say(
-            f"{self._done:,} of {self.size:,} instances | {format_count(speed)} tok/s | {format_duration(left)} left"
-        )
-        self._next = self._clock.stepping + INTERVAL
 
 
 def table(metrics: dict[str, float]) -> str:

@@ -36,6 +36,7 @@ from training.config import Config, RankError, TrainingError, resolved
 from training.curves import draw_curves
 from training.data import open_stream, validation_folders
 from training.distributed import World, distributed_world
+from training.evaluation_progress import EvaluationProgress
 from training.garbage import GarbageCollection
 from training.lock import run_lock
 from training.memory_estimate import estimate
@@ -259,7 +260,10 @@ class Trainer:
         with self.clock.paused():
             evaluated: dict[str, float] | None = {}  # a start that makes no evaluations may find one left to make
             if self.config.evaluation.every:
-                evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping)
+                name = f"evaluation at step {self.state.step}: "
+                length = self.config.data.sequence_length
+                progress = EvaluationProgress(self.evaluator.size, length, self.console.say, name)
+                evaluated = self.evaluator.evaluate(self.model, self.world.device, stopping, progress)
                 self.evaluated = True
         self.state.unrecorded = values if evaluated is None else {}
         if evaluated is not None:

@@ -101,9 +101,12 @@ def _parent(pid: int) -> int | None:
 
 def reason(stderr: str, status: int) -> str:
     """Why a process failed, from what it printed, in a line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip() and LAUNCHER not in line]
+    lines = [line.rstrip() for line in stderr.splitlines() if line.strip() and LAUNCHER not in line]
     for word in ("OutOfMemoryError", "out of memory", "error:", "Error"):
-        for line in reversed(lines):
-            if word in line:
-                return line if line.startswith("error:") else line[:300]  # a sentence of ours is whole
+        for index, line in reversed(list(enumerate(lines))):
+            if word in line and not line.startswith("error:"):
+                return line.strip()[:300]
+            if word in line:  # a sentence of ours is whole; a command may follow, indented
+                command = [more.strip() for more in lines[index + 1 : index + 2] if more[0] == " "]
+                return " ".join([line, *command])
     return f"exit status {status}"

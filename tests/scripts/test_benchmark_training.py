@@ -210,6 +210,8 @@ def test_the_largest_micro_batches_lie_around_what_the_estimate_finds_for_141_gb
 def test_the_reason_of_a_failure_is_the_line_that_says_it():
     assert reason("a\ntorch.OutOfMemoryError: CUDA out of memory.\nValueError: later", 1).startswith("torch.OutOf")
     assert reason("x\nerror: model.norm=y cannot be used\nz", 2) == "error: model.norm=y cannot be used"
+    assert reason("error: prepare it with\n  python a.py\n  b", 2) == "error: prepare it with python a.py"
+    assert reason("error: CUDA out of memory: " + 400 * "x", 1) == "error: CUDA out of memory: " + 400 * "x"
     launched = "[rank0]: RuntimeError: why\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \nFAILED"
     assert reason(launched, 1) == "[rank0]: RuntimeError: why"
     assert reason("", 9) == "exit status 9"

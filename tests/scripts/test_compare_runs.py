@@ -100,7 +100,8 @@ def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
     assert "must be positive" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nowhere"), "--steps", "1", *BOTH]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: run a failed: error: data.path=")
+    assert error.startswith("error: run a failed: data.path=")
     assert len(error.splitlines()) == 1
+    assert "or prepare it with python scripts/prepare_data.py" in error
     assert main(["--data", str(tmp_path), *BOTH, "--b", "paralel.compile=false"]) == 2
     assert capsys.readouterr().err == "error: unknown key `paralel`: did you mean `parallel`?\n", "and no run before"

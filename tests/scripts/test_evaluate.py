@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 
-from scripts import evaluate
 from scripts.evaluate import main
 from tests.shards import tiny_config, write_shards
 from training.metrics import read_metrics
@@ -36,7 +35,7 @@ def test_progress_is_a_line_now_and_then_with_speed_and_time_left(run_dir, monke
     arguments = [str(run_dir), "--device", "cpu", "--instances", "4", "--micro-batch-size", "1"]
     assert main(arguments) == 0
     assert capsys.readouterr().err == "", "an evaluation of seconds needs none"
-    monkeypatch.setattr(evaluate, "INTERVAL", 0.0)
+    monkeypatch.setattr("training.evaluation_progress.INTERVAL", 0.0)
     assert main(arguments) == 0
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 7, "one a batch, and none after the last"
