@@ -42,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
         print("error: --steps, --gpus-a and --gpus-b must be positive: use for example --steps 50.", file=sys.stderr)
         return 2
+    if not options.tolerance >= 0:
+        print(f"error: --tolerance {options.tolerance:g} cannot be used: use 0 or more, in nats.", file=sys.stderr)
+        return 2
     sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
     both = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides]
     runs = []

@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device-gb", type=float, help="memory of a GPU in 10^9 bytes (default: of this machine's)")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     try:
-        capacity = _capacity(options.device_gb)
         configs = _configs(options.overrides, options.gpus, options.multirun)
+        capacity = _capacity(options.device_gb)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

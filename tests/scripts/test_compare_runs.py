@@ -98,6 +98,9 @@ def test_a_mistake_in_the_second_run_is_found_before_the_first_begins(shards, mo
 def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
     assert main(["--data", str(shards), "--steps", "0"]) == 2
     assert "must be positive" in capsys.readouterr().err
+    for tolerance in ("-1", "nan"):
+        assert main(["--data", str(shards), "--tolerance", tolerance, *BOTH]) == 2
+        assert f"error: --tolerance {tolerance} cannot be used" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nowhere"), "--steps", "1", *BOTH]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: run a failed: data.path=")

@@ -57,3 +57,11 @@ def test_the_runs_of_a_sweep_are_rows(capsys):
 def test_a_mistake_is_one_sentence(arguments, words, capsys):
     assert main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_mistakes_are_told_before_a_device_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["model=moda_7m"]) == 2
+    assert "moda_7m" in capsys.readouterr().err
+    assert main(["model=moda_700m"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device-gb is needed")
