@@ -274,13 +274,10 @@ class DepthStream:
 
     def _check_order(self, lease: Lease, layer: int) -> None:
         """Backwards come in reverse, and a block of layers is pulled when the first of its slots is asked for."""
-        if in_backward():
-            return
-        if layer < lease.layer:
+        if layer < lease.layer and not in_backward():
             raise RuntimeError(
                 f"Layer {layer} comes after layer {lease.layer} in this pass: layers write and read in rising order."
             )
-        lease.layer = layer
 
     def _lease(self, handle: Tensor) -> Lease:
         if not isinstance(handle, Tensor):
@@ -360,6 +357,7 @@ class _Write(torch.autograd.Function):
             if source.data_ptr() != target.data_ptr() or source.stride() != target.stride():
                 target.copy_(source)
         lease.written.add(slot)
+        lease.layer = max(lease.layer, layer)
         lease.aliases.setdefault(slot, []).extend((slot_k.detach(), slot_v.detach()))  # a recomputation makes new ones
         ctx.stream, ctx.lease, ctx.layer, ctx.slot, ctx.handle_shape = stream, lease, layer, slot, handle.shape
         return slot_k, slot_v, next_handle(handle, lease)
@@ -385,6 +383,7 @@ class _Attend(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         out, lse = operations.joint_forward(q, k, v, _slots(stream, lease, layer), scale, cu_seqlens)
         lease.read.add(layer)
+        lease.layer = max(lease.layer, layer)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.stream, ctx.lease, ctx.layer, ctx.handle_shape = stream, lease, layer, handle.shape
         ctx.scale, ctx.operations = scale, operations

@@ -45,7 +45,10 @@ def test_what_write_has_returned_can_be_kept_and_read():
 
 def test_layers_go_in_rising_order():
     stream, x = stream_and_kv(slots_per_layer=2)
-    *_, handle = stream.write(stream.start(), 1, 0, x, x)
+    handle = stream.start()
+    with pytest.raises(ValueError, match="must have the slot's shape"):
+        stream.write(handle, 2, 0, x[:, :3], x[:, :3])  # which changes nothing
+    *_, handle = stream.write(handle, 1, 0, x, x)
     with pytest.raises(RuntimeError, match="Layer 0 comes after layer 1 in this pass"):
         stream.write(handle, 0, 0, x, x)
     *_, handle = stream.write(handle, 1, 1, x, x)
