@@ -61,8 +61,9 @@ class DepthStream:
             ...                                                   # its FFN; a second slot: write(handle, layer, 1, ...)
         x = stream.finish(handle, x)
 
-    A reader's slots must all be written, in its own layer before or after it attends, and all readers have as many
-    query heads. Under autocast `dtype` is autocast's. Compile what lies between these calls, not around them.
+    All slots that a layer reads must be written before it attends; its own it may write before or after. All layers
+    that read have as many query heads. Under autocast `dtype` is autocast's. Compile what lies between these calls, not
+    around them.
     """
 
     def __init__(

@@ -114,6 +114,7 @@ def in_backward() -> bool:
 
 
 def next_handle(handle: Tensor, lease: Lease) -> Tensor:
+    """The handle of the operation after that of `handle`, [number of the lease, operations so far, 0]."""
     operations = handle.shape[1] + 1
     lease.operations = max(lease.operations, operations)  # a recomputation goes through the numbers again
     return newest_handle(handle.new_empty(lease.number, operations, 0), lease)
