@@ -6,12 +6,16 @@ the others still run); 75 when a rank died, stood still or never came (start it 
 with a checkpoint.
 """
 
+import gc
 import os
 import sys
 import time
 import traceback
 from contextlib import suppress
 
+# Nothing of what is imported is garbage, and the collector would go through it all, again and again: a quarter of the
+# time that imports take. The training loop collects at moments of its own, and turns it on again (`training.garbage`).
+gc.disable()
 # Waiting OpenMP threads sleep instead of spinning: on a CPU that is shared with others a run is ten times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -2,9 +2,9 @@
 
 In: a CUDA device, with the optional packages installed that are to be in the table. Out: `sequence_table.json`.
 
-bf16, 16 or more query heads, about 32768 tokens a call. Each (head_dim, group) is a process of its own: packages that
-build kernels at the first call (flash-attn-4, some seconds each) do so side by side, and one at a time measures. Times
-are of the GPU alone: a pause on the device lets the host queue all calls before the first one starts.
+bf16 and fp16, 16 or more query heads, about 32768 tokens a call. Each (dtype, head_dim, group) is a process of its own:
+packages that build kernels at the first call (flash-attn-4, some seconds each) do so side by side, and one at a time
+measures. Times are of the GPU alone: a pause on the device lets the host queue all calls before the first one starts.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,6 +29,7 @@ from torch import Tensor
 from moda.sequence import TABLE, Line
 from moda.sequence_kernels import MENU, Call, SequenceKernel
 
+DTYPES = (torch.bfloat16, torch.float16)
 HEAD_DIMS = (64, 96, 128)
 GROUPS = (1, 2, 4, 8, 16, 32)
 TIMES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -44,6 +46,7 @@ _measuring: Lock | None = None  # held by the process that measures
 def tune(
     device: torch.device | str = "cuda",
     *,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
     head_dims: tuple[int, ...] = HEAD_DIMS,
     groups: tuple[int, ...] = GROUPS,
     times: tuple[int, ...] = TIMES,
@@ -60,7 +63,7 @@ def tune(
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     began = time.monotonic()
-    jobs = [(head_dim, group) for head_dim in head_dims for group in groups]
+    jobs = list(itertools.product(dtypes, head_dims, groups))
     workers = min(len(jobs), workers or max(1, min(8, (os.cpu_count() or 1) // 2)))
     context = multiprocessing.get_context("spawn")
     lines: list[Line] = []
@@ -68,7 +71,7 @@ def tune(
     with ProcessPoolExecutor(workers, context, _start, (context.Lock(),), max_tasks_per_child=1) as pool:
         running = {pool.submit(_measure_shapes, str(device), *job, times): job for job in jobs}
         for done in as_completed(running):
-            name = "head_dim {}, group {}".format(*running[done])
+            name = "{}, head_dim {}, group {}".format(*running[done])
             try:
                 measured, failures = done.result()
             except Exception as error:  # whatever a vendor's kernel does, the other shapes are to be measured
@@ -97,8 +100,9 @@ def summary(table: dict) -> str:
     rows: dict[tuple, dict[int, str]] = {}
     for line in table["lines"]:
         best = [min(line[kind], key=line[kind].get, default="none") for kind in ("forward", "backward")]
-        rows.setdefault((line["head_dim"], line["group"], line["documents"]), {})[line["time"]] = " / ".join(best)
-    header = ["head_dim", "group", "documents", *map(str, times)]
+        shape = (line["dtype"], line["head_dim"], line["group"], line["documents"])
+        rows.setdefault(shape, {})[line["time"]] = " / ".join(best)
+    header = ["dtype", "head_dim", "group", "documents", *map(str, times)]
     body = [[*map(str, shape), *(row.get(t, "") for t in times)] for shape, row in rows.items()]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *body])
 
@@ -126,19 +130,21 @@ def _start(lock: Lock) -> None:
     _measuring = lock
 
 
-def _measure_shapes(device: str, head_dim: int, group: int, times: tuple[int, ...]) -> tuple[list[Line], list[str]]:
-    """The lines of one head_dim and group, and what failed."""
+def _measure_shapes(
+    device: str, dtype: torch.dtype, head_dim: int, group: int, times: tuple[int, ...]
+) -> tuple[list[Line], list[str]]:
+    """The lines of one dtype, head_dim and group, and what failed."""
     assert _measuring is not None
     lines: list[Line] = []
     failures: list[str] = []
     torch.cuda.set_device(device)
     for documents in (False, True):
-        small = Problem(device, head_dim, group, min(times), documents, tokens=2 * min(times))
+        small = Problem(device, dtype, head_dim, group, min(times), documents, tokens=2 * min(times))
         kernels = {name: kernel for name, kernel in MENU.items() if kernel.unusable(small.call()) is None}
         small.measure(kernels, failures, _untimed)  # builds what is built at the first call, beside who measures
         for length in times:
             with _measuring:
-                lines.append(Problem(device, head_dim, group, length, documents).measure(kernels, failures))
+                lines.append(Problem(device, dtype, head_dim, group, length, documents).measure(kernels, failures))
                 torch.cuda.empty_cache()
     return lines, failures
 
@@ -171,13 +177,20 @@ class Problem:
     """Inputs of one shape, of a fixed seed, for the forward and the backward of any kernel."""
 
     def __init__(
-        self, device: str, head_dim: int, group: int, time: int, documents: bool, tokens: int = TOKENS
+        self,
+        device: str,
+        dtype: torch.dtype,
+        head_dim: int,
+        group: int,
+        time: int,
+        documents: bool,
+        tokens: int = TOKENS,
     ) -> None:
         generator = torch.Generator(device).manual_seed(0)
         batch, kv_heads = max(1, tokens // time), max(1, QUERY_HEADS // group)
         queries, keys = (batch, time, kv_heads * group, head_dim), (batch, time, kv_heads, head_dim)
         self.q, self.do, self.k, self.v = (
-            torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+            torch.randn(shape, generator=generator, device=device, dtype=dtype)
             for shape in (queries, queries, keys, keys)
         )
         self.cu_seqlens: Tensor | None = None

@@ -31,6 +31,7 @@ from scripts.kernel_benchmarks import depth
 
 ATTENTION = ("fused", "fused with documents", "fused without slots", "fused in fp32")
 NAMES = (*depth.KERNELS, *ATTENTION, "norm_rotary", "norm_rotary to a slot", "swiglu", "loss")
+JOINED = "joined"  # with the kernels of packages: for profiles, not among those that run by default
 
 
 def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None]:
@@ -66,7 +67,8 @@ def prepare(name: str, tokens: int, group: int, slots: int) -> Callable[[], None
     q, k, v = (random(1, tokens, heads, 64) for heads in (8 * group, 8, 8))
     keys, values = (None, None) if "without" in name else (random(slots, 1, tokens, 8, 64) for _ in range(2))
     cu_seqlens = torch.tensor([0, 1, tokens // 3, tokens], device="cuda") if "documents" in name else None
-    call = partial(moda.attention, q, k, v, keys, values, cu_seqlens=cu_seqlens, backend="fused")
+    backend = "joined" if name == JOINED else "fused"
+    call = partial(moda.attention, q, k, v, keys, values, cu_seqlens=cu_seqlens, backend=backend)
     return partial(_both_ways, lambda: (call(),))
 
 
@@ -79,7 +81,7 @@ def _both_ways(forward: Callable[[], tuple[torch.Tensor, ...]]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run them. Returns the exit status: 2 without a GPU."""
     parser = argparse.ArgumentParser(description="Every Triton kernel once.")
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--only", nargs="+", choices=(*NAMES, JOINED), default=NAMES)
     parser.add_argument("--tokens", type=int, default=83)
     parser.add_argument("--group", type=int, nargs="+", default=[2, 3, 8])
     parser.add_argument("--slots", type=int, default=5)

@@ -13,6 +13,14 @@ STEPS = 50  # between collections: cycles of a step are small, and tensors hardl
 class GarbageCollection:
     """Collects every STEPS steps, on all ranks at the same one."""
 
+    _stopped = False  # whether a job of this process has been
+
+    @classmethod
+    def collect_earlier_jobs(cls) -> None:
+        """Free the model and moments of an earlier job of this process: cycles keep them beside the new ones."""
+        if cls._stopped:
+            gc.collect()
+
     def start(self) -> None:
         """Turn automatic collection off, after a full one; what exists now is not looked at again."""
         gc.collect()
@@ -28,3 +36,4 @@ class GarbageCollection:
         """Turn automatic collection on again."""
         gc.enable()
         gc.unfreeze()
+        GarbageCollection._stopped = True

@@ -7,7 +7,6 @@ killed, goes on as if nothing had happened.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import signal
@@ -388,7 +387,7 @@ class Trainer:
             )
 
     def _build_model(self) -> None:
-        gc.collect()  # the model and moments of an earlier job of this process: cycles keep them beside the new ones
+        GarbageCollection.collect_earlier_jobs()
         config, world = self.config, self.world
         compute_dtype = world.compute_dtype(config.training.precision)
         compile_backend = world.compile_backend(config.parallel.compile)

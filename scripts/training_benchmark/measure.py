@@ -7,6 +7,7 @@ loader, clipping, logging and optimizer; it is left after the last step, before 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -16,6 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+if __name__ == "__main__":
+    gc.disable()  # as train.py does
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch

@@ -182,10 +182,12 @@ def test_tuning_gives_a_table_that_choices_are_made_by(tmp_path):
     table = tuning.tune("cuda", head_dims=(64,), groups=(2,), times=(512,))
     tuning.write_table(table, tmp_path / "table.json")
     lines = sequence.read_table(tmp_path / "table.json")
-    assert [entry.documents for entry in lines] == [False, True]
-    case = Case(1, 512, 2, 64)
-    usable = {name for name, kernel in MENU.items() if case.unusable(kernel) is None}
-    assert set(lines[0].forward) == set(lines[0].backward) == usable
-    for kind in ("forward", "backward"):
-        times = getattr(lines[0], kind)
-        assert order(Call.of(case.q, case.k, None), kind, lines)[0] == min(times, key=times.get)
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+    assert [(entry.dtype, entry.documents) for entry in lines] == list(itertools.product(dtypes, [False, True]))
+    for entry in lines[::2]:
+        case = Case(1, 512, 2, 64, dtypes[entry.dtype])
+        usable = {name for name, kernel in MENU.items() if case.unusable(kernel) is None}
+        assert set(entry.forward) == set(entry.backward) == usable
+        for kind in ("forward", "backward"):
+            times = getattr(entry, kind)
+            assert order(Call.of(case.q, case.k, None), kind, lines)[0] == min(times, key=times.get)

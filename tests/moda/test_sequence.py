@@ -446,13 +446,13 @@ def test_tuning_needs_a_gpu():
 
 def test_a_line_has_the_times_of_the_kernels_fastest_first_and_tells_what_fails(menu):
     measured = iter([3.0, 1.0, 2.0, 4.0])
-    case = tuning.Problem("cpu", 8, 2, 32, documents=True, tokens=64)
+    case = tuning.Problem("cpu", torch.float16, 8, 2, 32, documents=True, tokens=64)
     menu["flash"], menu["flash_attn_2"] = OnAnyDevice("flash", oldest=80), OnAnyDevice("flash_attn_2")
     menu["flash_attn_2"].forward = lambda *arguments: 1 / 0
     failures = []
     got = case.measure(menu, failures, lambda run: (run(), next(measured))[1])
     times = {"flash_attn_4": 2.0, "cudnn": 3.0}, {"cudnn": 1.0, "flash_attn_4": 4.0}
-    assert got == Line(0, "bfloat16", True, 8, 2, 32, *times)
+    assert got == Line(0, "float16", True, 8, 2, 32, *times)
     assert list(got.forward) == ["flash_attn_4", "cudnn"]
     assert set(menu) == {"cudnn", "flash_attn_4", "flash"}
     assert len(failures) == 1
@@ -461,7 +461,7 @@ def test_a_line_has_the_times_of_the_kernels_fastest_first_and_tells_what_fails(
 
 
 def test_documents_of_a_problem_cover_its_tokens_at_uneven_places():
-    ends = tuning.Problem("cpu", 8, 2, 700, documents=True, tokens=7000).cu_seqlens
+    ends = tuning.Problem("cpu", torch.bfloat16, 8, 2, 700, documents=True, tokens=7000).cu_seqlens
     assert ends[0] == 0
     assert ends[-1] == 7000
     assert len(ends) == 12
@@ -471,4 +471,4 @@ def test_documents_of_a_problem_cover_its_tokens_at_uneven_places():
 def test_the_summary_names_the_fastest_of_every_shape():
     lines = [line({"cudnn": 1.0}, {"flash": 1.0}, time=512), line({"cudnn": 2.0, "flash": 1.0}, time=1024)]
     text = tuning.summary({"lines": [entry._asdict() for entry in lines]})
-    assert "| 64 | 2 | False | cudnn / flash | flash / flash |" in text
+    assert "| bfloat16 | 64 | 2 | False | cudnn / flash | flash / flash |" in text

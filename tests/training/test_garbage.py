@@ -1,7 +1,10 @@
 """Collections happen between steps, at chosen ones, and automatic collection comes back afterwards."""
 
 import gc
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 
@@ -42,3 +45,9 @@ def test_automatic_collection_comes_back_after_a_run_that_fails(shards, tmp_path
         train(tiny_config(shards, tmp_path / "run"))
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+def test_nothing_is_collected_while_train_py_imports_what_it_needs():
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-c", "import gc, train; print(gc.isenabled())"]
+    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "False\n"
