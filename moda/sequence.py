@@ -2,10 +2,10 @@
 
 In and out as in `moda.sequence_kernels`. Which kernel is fastest is never measured here: `sequence_table.json`, written
 by `scripts/benchmark_kernels.py --tune` (`moda.tuning`), holds the times of every kernel over a grid of shapes, forward
-and backward apart, as they can be mixed. Of the lines for the architecture, dtype (a dtype without any takes bf16's) and presence of
-documents, a call takes the one of the next larger head_dim, then group, then time, or of the largest there is. Kernels
-come in the order of that line's times, those without a time after them, and for an architecture without lines in the
-order of the menu. The first that can take the call does.
+and backward apart, as they can be mixed. Of the lines for the architecture, dtype (fp16 takes bf16's where it has none)
+and presence of documents, a call takes the one of the next larger head_dim, then group, then time, or of the largest
+there is. Kernels come in the order of that line's times, those without a time after them, and for an architecture
+without lines in the order of the menu. The first that can take the call does.
 """
 
 from __future__ import annotations
