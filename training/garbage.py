@@ -11,9 +11,14 @@ STEPS = 50  # between collections: cycles of a step are small, and tensors hardl
 
 
 class GarbageCollection:
-    """Collects every STEPS steps, on all ranks at the same one."""
+    """Collects after the first step and every STEPS steps, on all ranks at the same one.
+
+    The first step compiles, and compilers leave cycles of their callers' frames, which hold the tensors of the layer
+    that called first: 1.5 GB of OLMo2-700M.
+    """
 
     _stopped = False  # whether a job of this process has been
+    _compiled = False  # whether a step has been done since the start
 
     @classmethod
     def collect_earlier_jobs(cls) -> None:
@@ -26,11 +31,13 @@ class GarbageCollection:
         gc.collect()
         gc.freeze()
         gc.disable()
+        self._compiled = False
 
     def __call__(self, step: int) -> None:
         """Collect if it is time; `step`: steps done."""
-        if step % STEPS == 0:
+        if step % STEPS == 0 or not self._compiled:
             gc.collect(1)
+        self._compiled = True
 
     def stop(self) -> None:
         """Turn automatic collection on again."""

@@ -28,11 +28,21 @@ def collection():
 
 def test_a_cycle_lives_until_the_step_at_which_all_ranks_collect(collection):
     assert not gc.isenabled()
-    alive = weakref.ref(Cycle())
     collection(STEPS + 1)
+    alive = weakref.ref(Cycle())
+    collection(STEPS + 2)
     assert alive() is not None
     collection(2 * STEPS)
     assert alive() is None
+
+
+def test_what_compilers_leave_is_collected_after_the_first_step_of_a_start(collection):
+    for step in (STEPS + 1, 3 * STEPS + 1):
+        alive = weakref.ref(Cycle())
+        collection(step)
+        assert alive() is None
+        collection.stop()
+        collection.start()
 
 
 def test_automatic_collection_comes_back_after_a_run_that_fails(shards, tmp_path, monkeypatch):
