@@ -34,6 +34,7 @@ from models.config import ConfigError
 from scripts.console import run
 from training.checkpoint import (
     ASIDE,
+    FOLDER,
     MARKER,
     checkpoint_folders,
     newest_marked,
@@ -45,6 +46,8 @@ from training.checkpoint import (
 from training.lock import run_lock
 from training.metrics import format_count
 from training.storage import SafeReader, UnsafeCheckpointError, read_metadata
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")  # what such names mean to others
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(
                 f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
             )
+        if options.path.resolve().name == FOLDER:  # of a run: all of it is meant
+            options.path = options.path.resolve().parent
         return globals()[f"{options.command}_"](options)
     except BrokenPipeError:
         raise
@@ -155,6 +160,11 @@ def copy_(options: argparse.Namespace) -> int:
     path = newest(options.path)
     if options.file.exists():
         raise ConfigError(f"{options.file} exists: name a new file.")
+    if options.file.suffix in PICKLES:
+        raise ConfigError(
+            f"{options.file} is the name of a pickle, and the copy is a safetensors file: name it "
+            f"{options.file.with_suffix('.safetensors').name}."
+        )
     if not options.file.absolute().parent.is_dir():
         raise ConfigError(f"{options.file} cannot be written (there is no such folder): name another file.")
     with held(path):

@@ -231,11 +231,16 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
 
 
 def check_allowed(config: Config, known: Container[str]) -> None:
-    """Raise ConfigError for a word of `checkpoint.allow_changes` that is none of the `known` keys, flat.
+    """Raise ConfigError for a word of `checkpoint.allow_changes` that is no `known` key, flat, or never may be.
 
-    Mistyped, it would allow nothing and say nothing. A key that only the saved configuration has is known, too.
+    It would allow nothing and say nothing. A key that only the saved configuration has is known, too.
     """
     for key in config.checkpoint.allow_changes:
+        if key in known and not key.startswith((*MAY_CHANGE, *MAY_CHANGE_IF_ALLOWED)):
+            raise ConfigError(
+                f"checkpoint.allow_changes=[{key}] can never be: a run goes on with another {CHANGEABLE} only. Leave "
+                "it out, and start a new run with another run.name for what else is to change."
+            )
         if key != DATA and key not in known:
             raise ConfigError(
                 f"checkpoint.allow_changes=[{key}] names no key: name {DATA}, {CHANGEABLE}, or leave it out."

@@ -8,10 +8,11 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+
+from training.versions import installed
 
 PACKAGES = ("torch", "triton", "flash-linear-attention", "fla-core", "flash-attn-4", "flash-attn")
 CYCLES_PER_MS = 2_000_000  # of the device, about; a slower clock sleeps longer
@@ -115,13 +116,6 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": installed(PACKAGES),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

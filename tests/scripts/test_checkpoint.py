@@ -59,6 +59,18 @@ def test_verify_reads_every_file(run_dir, capsys):
     assert main(["verify", str(run_dir / "checkpoints" / "step-4")]) == 1
 
 
+def test_the_folder_of_checkpoints_means_its_run(run_dir, capsys):
+    for command in ("list", "verify"):
+        assert main([command, str(run_dir / "checkpoints")]) == 0
+        assert "step-6" in capsys.readouterr().out
+
+
+def test_a_copy_is_not_named_as_a_pickle(saved, tmp_path, capsys):
+    assert main(["copy", str(saved), str(tmp_path / "w.pt")]) == 2
+    assert "safetensors file: name it w.safetensors" in capsys.readouterr().err
+    assert not list(tmp_path.glob("w.*"))
+
+
 def test_inspect_shows_step_shapes_and_norms(saved, capsys):
     assert main(["inspect", str(saved)]) == 0
     printed = capsys.readouterr().out

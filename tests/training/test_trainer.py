@@ -344,6 +344,9 @@ def test_a_change_that_is_allowed_by_name_is_taken_and_others_are_still_refused(
     with pytest.raises(ConfigError, match=r"allow_changes=\[optimizer\.lr,optimizer\.weight_decay\]"):
         train(config)
     config.checkpoint.allow_changes = ["optimizer.lr", "optimizer.weight_decay", "training.seed"]
+    with pytest.raises(ConfigError, match=r"allow_changes=\[training\.seed\] can never be"):
+        train(config)
+    config.checkpoint.allow_changes = ["optimizer.lr", "optimizer.weight_decay"]
     train(config)
     assert untimed(run_dir)[11]["train/lr"] == pytest.approx(untimed(finished)[11]["train/lr"] / 10)
     config.training.seed = 3
