@@ -13,9 +13,10 @@ import time
 import traceback
 from contextlib import suppress
 
-# Nothing of what is imported is garbage, and the collector would go through it all, again and again: a quarter of the
-# time that imports take. The training loop collects at moments of its own, and turns it on again (`training.garbage`).
-gc.disable()
+if __name__ == "__main__":
+    # Nothing of what is imported is garbage, and the collector would go through it all, again and again: a quarter of
+    # the time that imports take. The training loop has it collect at chosen moments, and turns it on again.
+    gc.disable()
 # Waiting OpenMP threads sleep instead of spinning: on a CPU that is shared with others a run is ten times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

@@ -6,6 +6,7 @@ request. Arguments are checked here; the arithmetic is a backend's (`moda.joined
 
 from __future__ import annotations
 
+import sys
 from numbers import Real
 from typing import Literal, overload
 
@@ -152,7 +153,9 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
         raise ValueError(f"cu_seqlens needs as many queries as keys, got {shapes}.")
     if cu_seqlens is not None and cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on the device of q, {q.device}, got {cu_seqlens.device}.")
+        raise ValueError(
+            f"cu_seqlens must be on the device of q, {q.device}, got {tuple(cu_seqlens.shape)} on {cu_seqlens.device}."
+        )
 
 
 def check_tensors(**arguments: object) -> None:
@@ -171,20 +174,28 @@ def check_backend(backend: object) -> None:
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:
-    """The factor of the scores, head_dim ** -0.5 for None. Raises TypeError for what is no real number."""
+    """The factor of the scores, head_dim ** -0.5 for None.
+
+    Raises TypeError for what is no real number, ValueError for one that no float holds.
+    """
     if scale is None:
         return q.shape[-1] ** -0.5
     if not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt, Real)):
         raise TypeError(
             f"scale must be a number, as it gets no gradient, got {type(scale).__name__}: to learn a scale, multiply q."
         )
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError("scale is an integer that no float can hold: use a number of the size of head_dim ** -0.5.")
     return scale
 
 
 def _check_depth(q: Tensor, k: Tensor, depth_k: Tensor | None, depth_v: Tensor | None) -> None:
     if depth_k is None or depth_v is None:
         if depth_k is not depth_v:
-            raise ValueError("depth_k and depth_v are given together or not at all.")
+            given = {name: x for name, x in (("depth_k", depth_k), ("depth_v", depth_v)) if x is not None}
+            check_tensors(**given)
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in given.items())
+            raise ValueError(f"depth_k and depth_v are given together or not at all, got {shapes} alone.")
         return
     check_tensors(depth_k=depth_k, depth_v=depth_v)
     if depth_k.dim() != 5 or depth_k.shape != depth_v.shape or depth_k.shape[1:] != (*q.shape[:2], *k.shape[2:]):
@@ -196,5 +207,6 @@ def _check_depth(q: Tensor, k: Tensor, depth_k: Tensor | None, depth_v: Tensor |
     if not depth_k.dtype == depth_v.dtype == k.dtype or not depth_k.device == depth_v.device == k.device:
         raise ValueError(
             "depth_k and depth_v must have the dtype and device of k, "
-            f"got {depth_k.dtype} {depth_k.device}, {depth_v.dtype} {depth_v.device}, k {k.dtype} {k.device}."
+            f"got depth_k {tuple(depth_k.shape)} {depth_k.dtype} {depth_k.device}, depth_v {tuple(depth_v.shape)} "
+            f"{depth_v.dtype} {depth_v.device}, k {tuple(k.shape)} {k.dtype} {k.device}."
         )

@@ -182,7 +182,8 @@ class DepthStream:
             raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}.")
         if not k.dtype == v.dtype == self.dtype or not k.device == v.device == lease.storage()[0].device:
             raise ValueError(
-                f"k ({k.dtype}, {k.device}) and v ({v.dtype}, {v.device}) must be {self.dtype} on {self.device}."
+                f"k ({tuple(k.shape)}, {k.dtype}, {k.device}) and v ({tuple(v.shape)}, {v.dtype}, {v.device}) must be "
+                f"{self.dtype} on {self.device}."
             )
         if not in_backward() and (taken := lease.memory_of_another(index, k, v)) is not None:
             raise ValueError(
@@ -385,6 +386,7 @@ class _Attend(torch.autograd.Function):
         out, lse = operations.joint_forward(q, k, v, _slots(stream, lease, layer), scale, cu_seqlens)
         lease.read.add(layer)
         lease.layer = max(lease.layer, layer)
+        lease.lse_dtype = torch.promote_types(lease.lse_dtype or lse.dtype, lse.dtype)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.stream, ctx.lease, ctx.layer, ctx.handle_shape = stream, lease, layer, handle.shape
         ctx.scale, ctx.operations = scale, operations

@@ -31,6 +31,7 @@ class Lease:
     written: set[int] = field(default_factory=set)  # slots
     read: set[int] = field(default_factory=set)  # layers
     query_heads: int | None = None  # of the layers that read slots
+    lse_dtype: torch.dtype | None = None  # that holds the lse of all of them: of fp32, backends differ
     aliases: dict[int, list[Tensor]] = field(default_factory=dict)  # slot: K and V as returned, without their graphs
     versions: dict[int, list[int]] = field(default_factory=dict)  # slot: those of its aliases, as they were returned
     layer: int = 0  # the last that has written or read
@@ -47,10 +48,10 @@ class Lease:
         return self.keys, self.values
 
     def readers_of_backward(self, num_layers: int, lse: Tensor, sums: torch.dtype) -> Readers:
-        """Those of the present backward pass, shaped for readers with such an lse; made at the first read."""
+        """Those of the present backward pass, for readers with an lse of such a shape; made at the first read."""
         task = torch._C._current_graph_task_id()
         if task not in self.readers:
-            self.readers[task] = Readers(num_layers, lse, sums)
+            self.readers[task] = Readers(num_layers, lse, sums, self.lse_dtype)
 
             def forget() -> None:
                 self.readers.pop(task, None)

@@ -47,12 +47,16 @@ class Readers:
 
     q and do stay where autograd has them; this holds on to them until the pass ends, or its graph is freed. `addresses`
     names their places to kernels, written by the readers' own kernels. lse and delta are stacked over layers; delta,
-    and sums of gradients, are in the accumulation dtype, lse in its own.
+    and sums of gradients, are in the accumulation dtype, lse in one that holds every reader's.
     """
 
-    def __init__(self, num_layers: int, lse: Tensor, sums: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, num_layers: int, lse: Tensor, sums: torch.dtype = torch.float32, lse_dtype: torch.dtype | None = None
+    ) -> None:
         shape = (num_layers, *lse.shape)
-        self.lse = torch.empty(shape, dtype=lse.dtype, device=lse.device)  # [layers, batch, time, query_heads]
+        self.lse = torch.empty(
+            shape, dtype=lse_dtype or lse.dtype, device=lse.device
+        )  # [layers, batch, time, query_heads]
         self.delta = torch.empty_like(self.lse, dtype=sums)
         self.addresses = torch.empty(num_layers, 2, dtype=torch.int64, device=lse.device)
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}  # layer: q, do [batch, time, query_heads, head_dim]

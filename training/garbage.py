@@ -17,14 +17,15 @@ class GarbageCollection:
     that called first: 1.5 GB of OLMo2-700M.
     """
 
-    _stopped = False  # whether a job of this process has been
+    _job_begun = False  # by this process
     _compiled = False  # whether a step has been done since the start
 
     @classmethod
-    def collect_earlier_jobs(cls) -> None:
+    def begin_job(cls) -> None:
         """Free the model and moments of an earlier job of this process: cycles keep them beside the new ones."""
-        if cls._stopped:
+        if cls._job_begun:
             gc.collect()
+        cls._job_begun = True
 
     def start(self) -> None:
         """Turn automatic collection off, after a full one; what exists now is not looked at again."""
@@ -35,12 +36,14 @@ class GarbageCollection:
 
     def __call__(self, step: int) -> None:
         """Collect if it is time; `step`: steps done."""
-        if step % STEPS == 0 or not self._compiled:
-            gc.collect(1)
-        self._compiled = True
+        if step % STEPS and self._compiled:
+            return
+        gc.collect()
+        if not self._compiled:
+            gc.freeze()  # what was compiled stays, and would take a tenth of a second to go through each time
+            self._compiled = True
 
     def stop(self) -> None:
         """Turn automatic collection on again."""
         gc.enable()
         gc.unfreeze()
-        GarbageCollection._stopped = True

@@ -56,7 +56,10 @@ def last_record(run_dir: Path) -> int:
 
 
 def give_up_if_stuck(run_dir: Path, step: int) -> None:
-    """Raise TrainingError when `ATTEMPTS` starts of this launch began at `step`, as this one would, and ended alike."""
+    """Raise TrainingError when `ATTEMPTS` starts of this launch began at `step`, as this one would, and ended alike.
+
+    Not to be asked of a run that has no step left to make: it ends alike each time.
+    """
     ends = [entry["found"] for entry in earlier_starts(run_dir)] + [last_record(run_dir)]  # of the start before each
     starts = earlier_starts(run_dir)[-ATTEMPTS:]
     if len(starts) < ATTEMPTS or any(entry["step"] != step for entry in starts) or len(set(ends[-ATTEMPTS:])) > 1:

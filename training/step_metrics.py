@@ -80,6 +80,7 @@ class StepMetrics:
         self.tokens_per_step = config.training.global_batch_size * config.data.sequence_length
         self.peak = bf16_peak(world.device, compute_dtype)
         self.flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
+        self.masked = config.data.document_mask
         self._begun: _Step | None = None
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of an earlier job of this process
@@ -147,11 +148,14 @@ class StepMetrics:
         return StepValues(step.step, step.tokens, values, int(longest_skip))
 
     def utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """Shares of all ranks' peak, attention counted full (`mfu`) and causal; empty where no peak is known."""
+        """Shares of all ranks' peak, attention counted full (`mfu`) and causal; empty where no peak is known.
+
+        Documents that are masked from each other have fewer pairs than the causal count: it is left out.
+        """
         if self.peak is None:
             return {}
         full, causal = (tokens_per_second * flops / (self.peak * self.world.size) for flops in self.flops_per_token)
-        return {"mfu": full, "mfu_causal": causal}
+        return {"mfu": full} if self.masked else {"mfu": full, "mfu_causal": causal}
 
     def _peak_memory(self) -> int:
         """Bytes: of the device's allocator, or of this process on a CPU."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -177,7 +178,7 @@ class WandbTracker:
 def previous_run_id(run_dir: str | Path) -> str | None:
     """The id of the newest wandb run in a run directory: that of an attempt that ended before its first checkpoint."""
     folders = sorted(Path(run_dir).glob("wandb/*run-*-*"), key=lambda path: path.stat().st_mtime)
-    return folders[-1].name.rpartition("-")[2] if folders else None
+    return re.sub(r"^(offline-)?run-\d+_\d+-", "", folders[-1].name) if folders else None
 
 
 def _say(text: str) -> None:

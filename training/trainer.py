@@ -92,10 +92,16 @@ def _take(config: Config, world: World, stack: ExitStack, watchdog: Watchdog) ->
     stack.enter_context(run_lock(run_dir))
     checkpoint = choose_checkpoint(config, locked=True, watch=watchdog)  # again: nobody else changes it from here on
     step = 0 if checkpoint is None else read_marker(checkpoint).state.step
-    give_up_if_stuck(run_dir, step)
+    if step < last_step(config):
+        give_up_if_stuck(run_dir, step)
     record_versions(run_dir, world, step)
     watchdog.mark(CHOICE)
     return checkpoint
+
+
+def last_step(config: Config) -> int:
+    """The step at which a start ends."""
+    return min(config.training.steps, config.training.stop_at or config.training.steps)
 
 
 @contextmanager
@@ -123,7 +129,7 @@ class Trainer:
         self.startup = Startup()
         self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
-        self.last_step = min(config.training.steps, config.training.stop_at or config.training.steps)
+        self.last_step = last_step(config)
         self.console = Console(config.training.steps, enabled=world.is_main)
         self.garbage = GarbageCollection()
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device, self.console.say)
@@ -289,8 +295,9 @@ class Trainer:
         saved = f"step {self.saver.saved_step}" if self.saver.saved_step else "none"
         raise TrainingError(
             f"the run diverged: {skipped} steps in a row up to step {self.state.step} were skipped, their loss or "
-            f"gradient norm being no number or far too high (last saved, before them: {saved}). Look at the data of "
-            "these steps, or lower optimizer.lr, which checkpoint.allow_changes=[optimizer.lr] permits."
+            f"gradient norm being no number or far too high (last saved: {saved}; skipped steps change no weight). "
+            "Look at the data of these steps, or lower optimizer.lr, which "
+            "checkpoint.allow_changes=[optimizer.lr] permits."
         )
 
     def _record(self, step: int, tokens: int, values: dict[str, float]) -> None:
@@ -387,7 +394,7 @@ class Trainer:
             )
 
     def _build_model(self) -> None:
-        GarbageCollection.collect_earlier_jobs()
+        self.garbage.begin_job()
         config, world = self.config, self.world
         compute_dtype = world.compute_dtype(config.training.precision)
         compile_backend = world.compile_backend(config.parallel.compile)

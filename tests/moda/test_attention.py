@@ -266,8 +266,12 @@ OPTIONS = {"slots": {}, "no slots": {}, "none": {}, "documents": {"cu_seqlens": 
 def test_the_operator_is_registered_as_pytorch_wants_it(case):
     q, k, v, depth_k, depth_v = random_case(2, 7, 2, 2, 16, 0 if case == "no slots" else 3, dtype=torch.float32)
     slots = (None, None) if case == "none" else (depth_k, depth_v)
-    arguments = (q, k, v, *slots, 0.25, OPTIONS[case].get("cu_seqlens"), "auto")
-    torch.library.opcheck(torch.ops.moda.attention, arguments)
+    q = q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()  # strides that no output has
+    options = 0.25, OPTIONS[case].get("cu_seqlens"), "auto"
+    torch.library.opcheck(torch.ops.moda.attention, (q, k, v, *slots, *options))
+    inputs = [x if x is None else x.detach() for x in (q, k, v, *slots)]
+    out, lse = torch.ops.moda.attention(*inputs, *options)
+    torch.library.opcheck(torch.ops.moda.attention_backward, (torch.ones_like(out), *inputs, out, lse, *options))
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 import torch
 
+import moda
 from moda import fused, kernels
 from tests.moda.interpreter import run_interpreted
 
@@ -126,3 +127,21 @@ else:
     def test_it_takes_documents_and_fp32():
         q = torch.zeros(1, 2, 2, 32)
         assert fused.unusable(q, q[:, :, :1], torch.tensor([0, 2])) is None
+
+    @pytest.mark.parametrize(
+        "backends", [["fused", "fused", "reference"], ["reference", "fused", "reference"]], ids=str
+    )
+    def test_layers_of_a_stream_may_have_backends_whose_lse_differs_in_dtype(backends):
+        def gradients(dtype, backends):
+            x = torch.linspace(-2, 2, 4 * 32, dtype=torch.float64).sin().view(1, 4, 1, 32).to(dtype).requires_grad_()
+            stream = moda.DepthStream(3, 1, 4, 1, 32, slots_per_layer=1, dtype=dtype, device="cpu")
+            handle, total = stream.start(), 0
+            for layer, backend in enumerate(backends):
+                k, v, handle = stream.write(handle, layer, 0, (layer + 1) * x, x.square())
+                out, handle = stream.attend(handle, layer, x + layer, k, v, backend=backend)
+                total = total + out.square()
+            stream.finish(handle, total).sum().backward()
+            return x.grad.double()
+
+        got, want = gradients(torch.float32, backends), gradients(torch.float64, ["reference"] * 3)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * want.abs().max().item())

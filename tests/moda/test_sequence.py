@@ -3,6 +3,7 @@
 The packages themselves need a GPU. Here stand-ins with their signatures and layouts are found, imported and called.
 """
 
+import itertools
 import json
 import sys
 import warnings
@@ -105,7 +106,13 @@ def test_documents_have_lines_of_their_own():
 
 
 def test_the_committed_table_is_whole():
-    for entry in read_table(sequence.TABLE):
+    lines = read_table(sequence.TABLE)
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in tuning.DTYPES]
+    grid = itertools.product([90], dtypes, [False, True], tuning.HEAD_DIMS, tuning.GROUPS, tuning.TIMES)
+    assert [entry[:6] for entry in lines] == list(grid)
+    for entry in lines:
+        assert entry.forward.keys() == entry.backward.keys()
+        assert entry.forward
         assert all(ms > 0 for ms in [*entry.forward.values(), *entry.backward.values()])
         assert f"sm{entry.architecture}" in json.loads(sequence.TABLE.read_text())["about"]
 

@@ -58,6 +58,19 @@ def test_automatic_collection_comes_back_after_a_run_that_fails(shards, tmp_path
 
 
 def test_nothing_is_collected_while_train_py_imports_what_it_needs():
+    run = "import gc, runpy, sys; sys.argv = ['train.py', '--help']\n"
+    run += "try: runpy.run_path('train.py', run_name='__main__')\nfinally: print(gc.isenabled())"
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-c", "import gc, train; print(gc.isenabled())"]
-    assert subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout == "False\n"
+    ended = subprocess.run([sys.executable, "-c", run], cwd=root, capture_output=True, text=True)
+    assert ended.stdout.endswith("False\n"), ended.stderr
+
+
+def test_what_survives_one_collection_is_collected_by_a_later_one(collection):
+    collection(1)
+    cycle = Cycle()
+    alive = weakref.ref(cycle)
+    collection(STEPS)
+    del cycle
+    assert alive() is not None
+    collection(2 * STEPS)
+    assert alive() is None

@@ -87,3 +87,9 @@ def test_a_requeued_job_is_one_launch_wherever_it_runs(monkeypatch):
     assert launch() is None
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert launch() == "SLURM job 7"
+
+
+def test_a_run_that_is_done_is_done_however_often_a_launcher_starts_it(config, monkeypatch, capsys):
+    for restarts in range(5):  # as a sweep's other jobs fail
+        start(monkeypatch, config, restarts)
+    assert capsys.readouterr().out.count("nothing to do: the run has come to step 8 already") == 4

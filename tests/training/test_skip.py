@@ -165,7 +165,7 @@ def test_too_many_in_a_row_end_the_run_with_the_checkpoint_from_before(shards, t
     config = tiny_config(shards, tmp_path / "run")
     config.training.skip_limit, config.checkpoint.every, config.checkpoint.keep = 3, 2, 1
     poisoned(monkeypatch, set(range(6, 20)))
-    with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*step 4\)"):
+    with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*last saved: step 4;"):
         train(config)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-4"]
     monkeypatch.undo()
@@ -178,7 +178,7 @@ def test_too_many_in_a_row_are_seen_though_the_loop_looks_only_after_they_have_e
     config.training.skip_limit, config.checkpoint.every, config.logging.every = 3, 4, 10
     config.evaluation.every = 0
     poisoned(monkeypatch, {5, 6, 7})
-    with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*step 4\)"):
+    with pytest.raises(TrainingError, match=r"diverged: 3 steps in a row up to step 8.*last saved: step 4;"):
         train(config)
     assert [p.name for p in find_checkpoints(tmp_path / "run")][-1] == "step-4"
 

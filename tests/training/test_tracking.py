@@ -15,7 +15,7 @@ import pytest
 
 from training.config import WandbConfig
 from training.metrics import MetricsLog, read_metrics
-from training.tracking import WandbTracker
+from training.tracking import WandbTracker, previous_run_id
 
 ROOT = Path(__file__).resolve().parents[2]
 OFFLINE = WandbConfig(mode="offline")
@@ -52,7 +52,7 @@ def test_wandb_is_imported_only_when_it_is_used(tmp_path):
     code = f"""
 import sys
 from training.config import WandbConfig
-from training.tracking import WandbTracker
+from training.tracking import WandbTracker, previous_run_id
 tracker = WandbTracker(WandbConfig(mode="disabled"), "name", {str(tmp_path)!r}, {{}}, "kept")
 tracker.log({{"step": 1, "tokens": 1}})
 tracker.finish()
@@ -83,7 +83,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from tests.training.test_tracking import OFFLINE, values
 from training.metrics import MetricsLog
-from training.tracking import WandbTracker
+from training.tracking import WandbTracker, previous_run_id
 log = MetricsLog({str(tmp_path / "metrics.jsonl")!r})
 tracker = WandbTracker(OFFLINE, "name", {str(tmp_path)!r}, {{}})
 for step in range(400):  # more than the 32 KB that wandb-core keeps in memory
@@ -251,3 +251,9 @@ def test_a_service_that_hangs_stops_neither_training_nor_its_end(tmp_path, serve
     assert time.monotonic() - begun < 10
     assert "wandb: it does not answer" in capsys.readouterr().out
     hanging.set()
+
+
+@pytest.mark.parametrize("folder", ["offline-run-20261126_230501-my-run", "run-20261126_230501-my-run"])
+def test_an_id_with_dashes_is_found_whole(tmp_path, folder):
+    (tmp_path / "wandb" / folder).mkdir(parents=True)
+    assert previous_run_id(tmp_path) == "my-run"

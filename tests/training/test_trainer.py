@@ -299,7 +299,7 @@ def test_a_run_that_diverges_stops_before_it_saves_and_keeps_what_was_good(shard
     config.training.stop_at, config.training.skip_limit = None, 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.trainer, "lr_factor", lambda *_: 1e30)
-        with pytest.raises(TrainingError, match=r"diverged: 3 steps.*before them: step 5"):
+        with pytest.raises(TrainingError, match=r"diverged: 3 steps.*last saved: step 5"):
             train(config)
     assert [p.name for p in find_checkpoints(tmp_path / "run")] == ["step-5"]
     assert math.isnan(read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["train/loss"])

@@ -53,5 +53,7 @@ def test_the_peak_is_that_of_bf16_products_on_a_whole_device(monkeypatch):
 def test_ranks_share_the_peak_of_all():
     metrics = StepMetrics.__new__(StepMetrics)
     metrics.peak, metrics.flops_per_token = 1e12, (4e9, 3e9)
-    metrics.world = type("World", (), {"size": 2})()
+    metrics.world, metrics.masked = type("World", (), {"size": 2})(), False
     assert metrics.utilization(100.0) == pytest.approx({"mfu": 0.2, "mfu_causal": 0.15})
+    metrics.masked = True  # fewer pairs are computed than the causal count has
+    assert metrics.utilization(100.0) == pytest.approx({"mfu": 0.2})
