@@ -85,9 +85,7 @@ def _tune(folder: Path) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Time and memory of the attention kernels on one GPU.")
-    parser.add_argument(
-        "--only", type=_part_names, default=list(session.PARTS), help=f"parts, by commas: {','.join(session.PARTS)}"
-    )
+    parser.add_argument("--only", type=_part_names, help=f"parts, by commas: {','.join(session.PARTS)}")
     parser.add_argument("--out", type=Path, default=Path("benchmarks"), help="folder for kernels.json")
     parser.add_argument("--docs", action="store_true", help="write docs/benchmarks.md and docs/images/kernels.png")
     parser.add_argument("--tutorial", type=Path, help="Triton's 06-fused-attention.py, one more FA2-Triton baseline")
@@ -96,7 +94,15 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--from", dest="results", type=Path, nargs="+", help="results files of one machine, shown as one"
     )
     exclusive.add_argument("--tune", action="store_true", help="measure the sequence kernels, write their table")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    measured_parts = {"--only": options.only is not None, "--tutorial": options.tutorial is not None}
+    for other, chosen in (("--tune", options.tune), ("--from", options.results is not None)):
+        ignored = measured_parts | ({"--docs": options.docs} if other == "--tune" else {})
+        for name, given in ignored.items():
+            if chosen and given:
+                parser.error(f"{name} does nothing with {other}: leave one of them away.")
+    options.only = options.only or list(session.PARTS)
+    return options
 
 
 def _part_names(text: str) -> list[str]:

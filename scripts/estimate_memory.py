@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     fits = held.total <= USABLE * capacity
     verdict = "fits" if fits else "does not fit"
     print(f"\nThis {verdict} {capacity / 1e9:.0f} GB, of which {USABLE:.0%} are counted on.\n")
+    print(_of_evaluation(config), end="")
     print("| activation checkpointing | this micro-batch | largest micro-batch that fits, about |\n|---|---|---|")
     for kind in ACTIVATION_CHECKPOINTING:
         total = on_gpu(config, options.gpus, kind).total
@@ -91,7 +92,7 @@ def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: f
 def _capacity(device_gb: float | None) -> float:
     if device_gb is None and not torch.cuda.is_available():
         raise ConfigError("--device-gb is needed where no GPU is visible: give the memory of one, such as 141 (H200).")
-    if device_gb is not None and not 0 < device_gb < math.inf:
+    if device_gb is not None and not 0 < device_gb * 1e9 < math.inf:
         raise ConfigError(f"--device-gb {device_gb:g} cannot be used: give the memory of a GPU, such as 141 (H200).")
     return device_gb * 1e9 if device_gb else float(torch.cuda.get_device_properties(0).total_memory)
 
@@ -111,6 +112,17 @@ def _configs(overrides: list[str], gpus: int, multirun: bool = False) -> dict[st
         except ConfigError as error:
             raise ConfigError(f"{label}: {error}" if label else str(error)) from error
     return configs
+
+
+def _of_evaluation(config: Config) -> str:
+    """A line where evaluation computes more at a time than training, which is not counted; else nothing."""
+    size = config.evaluation.micro_batch_size or 0
+    if config.evaluation.every == 0 or size <= config.training.micro_batch_size:
+        return ""
+    return (
+        f"warning: evaluation.micro_batch_size={size} is more than training takes at a time, and is not counted: leave "
+        "it away, and evaluation takes as much.\n\n"
+    )
 
 
 def _sweep(configs: dict[str, Config], gpus: int, capacity: float) -> int:

@@ -274,6 +274,23 @@ def test_the_operator_is_registered_as_pytorch_wants_it(case):
     torch.library.opcheck(torch.ops.moda.attention_backward, (torch.ones_like(out), *inputs, out, lse, *options))
 
 
+def test_backward_kernels_get_lse_in_their_layout_whatever_compiled_code_has_made_of_it(monkeypatch):
+    q, k, v, depth_k, depth_v = (x.detach() for x in random_case(2, 7, 2, 2, 16, 3))
+    options = 0.25, None, "reference"
+    out, lse = torch.ops.moda.attention(q, k, v, depth_k, depth_v, *options)
+    strides = []
+
+    def joint_backward(do, q, k, v, out, lse, *rest):
+        strides.append(lse.transpose(1, 2).is_contiguous())
+        return original(do, q, k, v, out, lse, *rest)
+
+    original = reference.joint_backward
+    monkeypatch.setattr(reference, "joint_backward", joint_backward)
+    torch.ops.moda.attention_backward(out, q, k, v, depth_k, depth_v, out, lse.contiguous(), *options)
+    assert not lse.is_contiguous()
+    assert strides == [True]
+
+
 @pytest.mark.parametrize("case", OPTIONS)
 def test_compiled_attention_has_the_values_and_gradients_of_plain_attention(case):
     inputs = random_case(2, 7, 2, 2, 16, 0 if case == "no slots" else 3)

@@ -426,6 +426,22 @@ def test_without_a_gpu_the_error_is_one_sentence(arguments, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tune", "--only", "table2"],
+        ["--tune", "--docs"],
+        ["--tune", "--tutorial", "x.py"],
+        ["--from", "x", "--only", "depth"],
+    ],
+    ids=str,
+)
+def test_an_option_that_would_do_nothing_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark_kernels.main(arguments)
+    assert "does nothing with" in capsys.readouterr().err
+
+
 def test_unknown_part_is_named(capsys):
     with pytest.raises(SystemExit):
         benchmark_kernels.main(["--only", "depth,table3"])

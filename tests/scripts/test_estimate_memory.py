@@ -28,6 +28,13 @@ def test_a_configuration_that_fits_and_one_that_does_not(capsys):
     assert "This does not fit" in capsys.readouterr().out
 
 
+def test_an_evaluation_that_takes_more_at_a_time_than_training_is_named(capsys):
+    arguments = ["model=olmo2_tiny", "model.vocab_size=4096", PLAIN, "training.micro_batch_size=2", "--device-gb", "80"]
+    for size, warned in (("64", True), ("2", False), ("null", False)):
+        assert main([*arguments, f"evaluation.micro_batch_size={size}"]) == 0
+        assert ("evaluation.micro_batch_size=64 is more than training takes" in capsys.readouterr().out) == warned
+
+
 def test_the_runs_of_a_sweep_are_rows(capsys):
     swept = ["-m", "model=olmo2_tiny", "model.vocab_size=4096", "training.micro_batch_size=1,16", PLAIN]
     assert main([*swept, "--device-gb", "80"]) == 0
