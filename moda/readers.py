@@ -54,9 +54,8 @@ class Readers:
         self, num_layers: int, lse: Tensor, sums: torch.dtype = torch.float32, lse_dtype: torch.dtype | None = None
     ) -> None:
         shape = (num_layers, *lse.shape)
-        self.lse = torch.empty(
-            shape, dtype=lse_dtype or lse.dtype, device=lse.device
-        )  # [layers, batch, time, query_heads]
+        # [layers, batch, time, query_heads]
+        self.lse = torch.empty(shape, dtype=lse_dtype or lse.dtype, device=lse.device)
         self.delta = torch.empty_like(self.lse, dtype=sums)
         self.addresses = torch.empty(num_layers, 2, dtype=torch.int64, device=lse.device)
         self.tensors: dict[int, tuple[Tensor, Tensor]] = {}  # layer: q, do [batch, time, query_heads, head_dim]
