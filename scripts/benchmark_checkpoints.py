@@ -46,6 +46,7 @@ from training.metrics import Record, read_metrics
 from training.versions import environment
 
 SECTION, PAGE = PageSection("checkpoints", "scripts/benchmark_checkpoints.py"), ROOT / "docs" / "benchmarks.md"
+CPU = "training.device=cpu"
 WARMUP = 20  # steps at the most that are left out at the start
 AFTER = 20  # steps that are compared after a resume
 TIMEOUT = 900  # seconds that a run may take
@@ -90,6 +91,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise ValueError(f"--data {options.data} holds no token shards: prepare some with scripts/prepare_data.py.")
     if options.every < 2 * AFTER:
         raise ValueError(f"--every {options.every} leaves too few steps to compare: use at least {2 * AFTER}.")
+    if not torch.cuda.is_available() and CPU not in options.set:
+        raise ValueError(f"A GPU is needed and none is visible: with --set {CPU} a small --model runs on a CPU.")
     options.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {

@@ -27,6 +27,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
+
 from data.shards import write_atomically
 from models.config import ConfigError
 from scripts import console
@@ -34,6 +36,7 @@ from scripts.page_section import PageSection
 from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, run_steps
 
+CPU = "training.device=cpu"
 SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
 RESULTS = "training.json"
 # Folders of compiled kernels: of torch.compile, Triton, quack-kernels and flash-attn-4.
@@ -83,6 +86,8 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             f"--out {options.out} holds the {RESULTS} of an earlier measurement: give a new folder, --from shows both."
         )
     todo = rows.chosen(options.rows)
+    if not torch.cuda.is_available() and CPU not in options.set:
+        raise ValueError(f"A GPU is needed and none is visible: with --set {CPU} these rows take hours on a CPU.")
     results: dict[str, Any] = {"commands": [command], "environment": {}, "rows": {}, "failures": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(todo, start=1):
@@ -110,6 +115,8 @@ def read(path: Path) -> dict[str, Any]:
     try:
         results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         tables.render(tables.merge([results]))  # which looks at everything that is shown
+    except OSError as error:
+        raise ValueError(f"--from {path} cannot be read ({error.strerror}): give the training.json of a run.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"--from {path} holds no results of this benchmark ({error!r}): give a training.json that it has written."

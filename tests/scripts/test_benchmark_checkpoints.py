@@ -103,6 +103,13 @@ def test_losses_of_the_same_steps_are_compared():
     assert math.isnan(largest(records([1.0] * 8), other)), "max() alone passes over a NaN that is not the first"
 
 
+def test_a_cpu_is_taken_only_where_it_is_asked_for(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--data", str(shards), "--out", str(tmp_path / "new")]) == 2
+    assert "A GPU is needed and none is visible" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
     for arguments, words in (
         ([], "--data SHARDS and --out DIR are needed"),

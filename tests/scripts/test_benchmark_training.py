@@ -12,7 +12,10 @@ from scripts.training_benchmark import picture, rows, tables
 from scripts.training_benchmark.process import StepsFailed, killed_on_error, reason, run_steps
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
-SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + ["--set=data.sequence_length=16"]
+SET = [f"--set=model.{field}" for field in (*TINY, "vocab_size=null")] + [
+    "--set=data.sequence_length=16",
+    "--set=training.device=cpu",
+]
 
 
 @pytest.mark.slow
@@ -69,6 +72,15 @@ def test_what_cannot_be_measured_is_one_sentence(shards, tmp_path, capsys):
     ):
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_cpu_is_taken_only_where_it_is_asked_for(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--data", str(shards), "--out", str(tmp_path / "new"), "--rows", "moda_700m"]) == 2
+    assert "A GPU is needed and none is visible" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert main(["--from", str(tmp_path / "none.json")]) == 2
+    assert "none.json cannot be read (No such file or directory)" in capsys.readouterr().err
 
 
 def test_rows_of_an_earlier_measurement_are_kept(shards, tmp_path, capsys):

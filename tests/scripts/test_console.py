@@ -57,6 +57,33 @@ def test_ctrl_c_is_a_word_and_no_traceback():
     assert process.returncode == 130
 
 
+def test_sigterm_unwinds_so_that_what_was_started_ends(tmp_path):
+    code = f"""
+import contextlib, pathlib, time
+from scripts.console import run
+
+@contextlib.contextmanager
+def started():
+    try:
+        yield
+    finally:
+        pathlib.Path({str(tmp_path / "ended")!r}).touch()
+
+def main():
+    with started():
+        print("line", flush=True)
+        time.sleep(60)
+
+run(main)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.terminate()
+    _, said = process.communicate(timeout=50)
+    assert (process.returncode, said) == (143, b"")
+    assert (tmp_path / "ended").exists()
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_ends_this_way(path):
     last = ast.parse(path.read_text(encoding="utf-8")).body[-1]
