@@ -39,14 +39,13 @@ import torch
 from data.shards import write_atomically
 from scripts import console
 from scripts.page_section import PageSection
-from scripts.training_benchmark.process import StepsFailed, kill, killed_on_error, reason
+from scripts.training_benchmark.process import StepsFailed, check_device, kill, killed_on_error, reason
 from scripts.training_benchmark.tables import machine
 from training.checkpoint import find_checkpoints, read_marker
 from training.metrics import Record, read_metrics
 from training.versions import environment
 
 SECTION, PAGE = PageSection("checkpoints", "scripts/benchmark_checkpoints.py"), ROOT / "docs" / "benchmarks.md"
-CPU = "training.device=cpu"
 WARMUP = 20  # steps at the most that are left out at the start
 AFTER = 20  # steps that are compared after a resume
 TIMEOUT = 900  # seconds that a run may take
@@ -91,8 +90,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
         raise ValueError(f"--data {options.data} holds no token shards: prepare some with scripts/prepare_data.py.")
     if options.every < 2 * AFTER:
         raise ValueError(f"--every {options.every} leaves too few steps to compare: use at least {2 * AFTER}.")
-    if not torch.cuda.is_available() and CPU not in options.set:
-        raise ValueError(f"A GPU is needed and none is visible: with --set {CPU} a small --model runs on a CPU.")
+    check_device(options.set)
     options.out.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results: dict[str, Any] = {

@@ -95,9 +95,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     exclusive.add_argument("--tune", action="store_true", help="measure the sequence kernels, write their table")
     options = parser.parse_args(arguments)
-    measured_parts = {"--only": options.only is not None, "--tutorial": options.tutorial is not None}
+    of_measurements = {"--only": options.only is not None, "--tutorial": options.tutorial is not None}
     for other, chosen in (("--tune", options.tune), ("--from", options.results is not None)):
-        ignored = measured_parts | ({"--docs": options.docs} if other == "--tune" else {})
+        ignored = of_measurements | ({"--docs": options.docs} if other == "--tune" else {})
         for name, given in ignored.items():
             if chosen and given:
                 parser.error(f"{name} does nothing with {other}: leave one of them away.")

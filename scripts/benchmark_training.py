@@ -27,16 +27,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch
-
 from data.shards import write_atomically
 from models.config import ConfigError
 from scripts import console
 from scripts.page_section import PageSection
 from scripts.training_benchmark import picture, rows, tables
-from scripts.training_benchmark.process import StepsFailed, run_steps
+from scripts.training_benchmark.process import StepsFailed, check_device, run_steps
 
-CPU = "training.device=cpu"
 SECTION, PAGE = PageSection("training", "scripts/benchmark_training.py"), ROOT / "docs" / "benchmarks.md"
 RESULTS = "training.json"
 # Folders of compiled kernels: of torch.compile, Triton, quack-kernels and flash-attn-4.
@@ -86,8 +83,7 @@ def run(options: argparse.Namespace, command: str) -> dict[str, Any]:
             f"--out {options.out} holds the {RESULTS} of an earlier measurement: give a new folder, --from shows both."
         )
     todo = rows.chosen(options.rows)
-    if not torch.cuda.is_available() and CPU not in options.set:
-        raise ValueError(f"A GPU is needed and none is visible: with --set {CPU} these rows take hours on a CPU.")
+    check_device(options.set)
     results: dict[str, Any] = {"commands": [command], "environment": {}, "rows": {}, "failures": {}}
     options.out.mkdir(parents=True, exist_ok=True)
     for number, row in enumerate(todo, start=1):

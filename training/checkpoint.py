@@ -210,9 +210,8 @@ def load_checkpoint(
         causes = [cause for cause, _ in error.failures.values()]
         if unreadable := next((cause for cause in causes if isinstance(cause, OSError)), None):
             raise unreadable from error
-        what = " ".join(str(causes[0]).split()).rstrip(".")
-        if any(isinstance(cause, pickle.UnpicklingError) for cause in causes):
-            what = "a file of it holds something other than tensors"
+        unsafe = any(isinstance(cause, pickle.UnpicklingError) for cause in causes)
+        what = "a file of it holds something other than tensors" if unsafe else " ".join(str(causes[0]).split())
         raise ConfigError(f"{path} is not loaded: {what}. Use a checkpoint that train.py has written.") from error
     for random in tensors.get("random", {}).values():
         torch.set_rng_state(random["cpu"])

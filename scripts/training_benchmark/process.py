@@ -33,6 +33,15 @@ QUIET = [
 LAUNCHER = "torch.distributed.elastic"  # torchrun's own words on a rank that failed say nothing of why
 
 
+def check_device(overrides: Sequence[str]) -> None:
+    """Raise ValueError where no GPU is visible and the overrides do not ask for a CPU: steps would take hours."""
+    import torch  # here, as earlier results are shown without it
+
+    on_cpu = "training.device=cpu"
+    if not torch.cuda.is_available() and on_cpu not in overrides:
+        raise ValueError(f"A GPU is needed and none is visible: --set {on_cpu} takes a CPU, for small models.")
+
+
 class StepsFailed(RuntimeError):
     """The processes failed: the reason in a line, and all that they printed."""
 
