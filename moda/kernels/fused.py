@@ -182,6 +182,7 @@ def sequence_backward(
     query_launch = query_launch or tiles("query", head_dim, q.dtype)
     keys_launch = keys_launch or tiles("keys", head_dim, q.dtype)
     starts, ends = (k, k) if cu_seqlens is None else document_bounds(cu_seqlens, batch, time)
+    exponents = torch.empty(delta.shape, dtype=lse.dtype, device=q.device)
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     pairs, row_tiles = batch * kv_heads, triton.cdiv(time * group, query_launch.rows)
@@ -203,6 +204,7 @@ def sequence_backward(
             o,
             lse,
             delta,
+            exponents,
             dq,
             pairs,
             taking_turns(pairs, row_tiles, 2 * key_time * head_dim * k.element_size()),
@@ -219,7 +221,7 @@ def sequence_backward(
             k,
             v,
             ends,
-            lse,
+            exponents,
             delta,
             dk,
             dv,

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 
 from moda.kernels.fused_forward import key_ranges, split_rows, tile_of_program
-from moda.kernels.precision import PAST_END, add_product, exp2_scaled, in_powers_of_two, inner_products
+from moda.kernels.precision import (
+    LOG2E,
+    PAST_END,
+    add_product,
+    exp2_scaled,
+    in_powers_of_two,
+    inner_products,
+    parts,
+)
 
 
 @triton.jit
@@ -82,6 +90,7 @@ def backward_query(
     o,  # [batch, time, kv_heads * G, D], contiguous
     lse,  # [batch, kv_heads * G, time]
     delta,  # [batch, time, kv_heads * G], out
+    exponents,  # likewise in the dtype of lse: lse in powers of two
     dq,  # [batch, time, kv_heads * G, D], contiguous, out
     pairs,  # batch * kv_heads
     together,  # pairs that take turns; divides them
@@ -132,8 +141,9 @@ def backward_query(
     tl.store(delta + first_row + at_row, delta_rows, mask=in_tile)
     lse += (batch * kv_heads + kv_head) * G * time + first_token
     # p is 0 past the end.
-    lse_rows = tl.load(lse + head * time + token, mask=in_tile, other=PAST_END if FULL else float("inf"))
-    lse_rows, lse_low = in_powers_of_two(lse_rows, FULL)
+    lse_rows = tl.load(lse + head * time + token, mask=in_tile, other=PAST_END) * LOG2E
+    tl.store(exponents + first_row + at_row, lse_rows, mask=in_tile)
+    lse_rows, lse_low = parts(lse_rows)
 
     position = offset + first_token + token
     start = position
@@ -168,7 +178,7 @@ def key_gradients(
     values,
     q,  # at token 0 and the first head of the group
     do,
-    lse,
+    exponents,
     delta,
     lo,
     hi,
@@ -199,21 +209,20 @@ def key_gradients(
         at_row = token * query_heads + head
         at_q = (token * q_time_stride + head * q_head_stride)[:, None] + d[None, :]
         at_do = at_row[:, None] * D + d[None, :]
-        at_lse = head * time + token
         if MASKED or D != DP:
             in_tile = token < time - first_token
             in_q = in_tile[:, None] & (d < D)[None, :]
             queries = tl.load(q + at_token * q_time_stride + at_q, mask=in_q, other=0.0)
             grads = tl.load(do + at_token * (query_heads * D) + at_do, mask=in_q, other=0.0)
             # Past the end p is 0.
-            lse_rows = tl.load(lse + first_token + at_lse, mask=in_tile, other=PAST_END if FULL else float("inf"))
-            lse_rows, lse_low = in_powers_of_two(lse_rows, FULL)
+            lse_rows = tl.load(exponents + at_token * query_heads + at_row, mask=in_tile, other=PAST_END)
             delta_rows = tl.load(delta + at_token * query_heads + at_row, mask=in_tile, other=0.0)
         else:
             queries = tl.load(q + at_token * q_time_stride + at_q)
             grads = tl.load(do + at_token * (query_heads * D) + at_do)
-            lse_rows, lse_low = in_powers_of_two(tl.load(lse + first_token + at_lse), FULL)
+            lse_rows = tl.load(exponents + at_token * query_heads + at_row)
             delta_rows = tl.load(delta + at_token * query_heads + at_row)
+        lse_rows, lse_low = parts(lse_rows)
         s = inner_products(keys, queries, FULL)
         p = exp2_scaled(s, scale, scale_low, lse_rows[None, :], lse_low[None, :] if FULL else 0.0, FULL)
         if MASKED:
@@ -235,8 +244,8 @@ def backward_keys(
     k,  # [batch, key_time, kv_heads, D], any strides
     v,
     ends,  # [batch, key_time], where a token's document ends in its row, if DOCUMENTS
-    lse,  # [batch, kv_heads * G, time]
-    delta,  # [batch, time, kv_heads * G]
+    exponents,  # [batch, time, kv_heads * G], lse in powers of two
+    delta,  # likewise
     dk,  # [batch, key_time, kv_heads, D], contiguous, out
     dv,
     pairs,  # batch * kv_heads
@@ -262,7 +271,7 @@ def backward_keys(
     STAGES: tl.constexpr,
     DOCUMENTS: tl.constexpr,
 ):
-    FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
+    FULL: tl.constexpr = exponents.dtype.element_ty == tl.float64
     pair, tile, _ = tile_of_program(pairs, together)
     first = tile * BLOCK_N  # the first keys have the most queries: they come first
     batch, kv_head = (pair // kv_heads).to(tl.int64), (pair % kv_heads).to(tl.int64)
@@ -278,7 +287,7 @@ def backward_keys(
     query_heads = kv_heads * G
     q += batch * q_batch_stride + kv_head * G * q_head_stride
     do += (batch * time * query_heads + kv_head * G) * D
-    lse += (batch * query_heads + kv_head * G) * time
+    exponents += batch * time * query_heads + kv_head * G
     delta += batch * time * query_heads + kv_head * G
 
     # Tokens: from lo some see some of the keys, from `whole` all see all; a tile from `partial` on has tokens of other
@@ -301,17 +310,17 @@ def backward_keys(
     first_hi = tl.minimum(whole, hi)
     factor, factor_low = in_powers_of_two(scale, FULL)
     dk_sum, dv_sum = key_gradients(
-        dk_sum, dv_sum, keys, values, q, do, lse, delta, lo, first_hi, place, end, time, q_time_stride,
+        dk_sum, dv_sum, keys, values, q, do, exponents, delta, lo, first_hi, place, end, time, q_time_stride,
         q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
     inner = tl.load(ends) * G if DOCUMENTS else hi
     partial = whole + tl.maximum(inner - whole, 0) // BLOCK_M * BLOCK_M
     dk_sum, dv_sum = key_gradients(
-        dk_sum, dv_sum, keys, values, q, do, lse, delta, whole, partial, place, end, time, q_time_stride,
+        dk_sum, dv_sum, keys, values, q, do, exponents, delta, whole, partial, place, end, time, q_time_stride,
         q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, False, DOCUMENTS, FULL,
     )  # fmt: skip
     dk_sum, dv_sum = key_gradients(
-        dk_sum, dv_sum, keys, values, q, do, lse, delta, partial, hi, place, end, time, q_time_stride,
+        dk_sum, dv_sum, keys, values, q, do, exponents, delta, partial, hi, place, end, time, q_time_stride,
         q_head_stride, query_heads, factor, factor_low, G, D, DP, BLOCK_M, STAGES, True, DOCUMENTS, FULL,
     )  # fmt: skip
     at_out = ((batch * key_time + first) * kv_heads + kv_head) * D

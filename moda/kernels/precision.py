@@ -18,9 +18,13 @@ PAST_END = tl.constexpr(1e30)  # an lse with p = 0; finite, so that its parts ar
 
 @triton.jit
 def parts(x):
-    """Two fp32 whose sum is x, fp64, but for 2**-48 of it."""
-    high = x.to(tl.float32)
-    return high, (x - high.to(tl.float64)).to(tl.float32)
+    """Two fp32 whose sum is x, but for 2**-48 of it; of an fp32 x itself and nothing."""
+    if x.dtype == tl.float64:
+        high = x.to(tl.float32)
+        low = (x - high.to(tl.float64)).to(tl.float32)
+    else:
+        high, low = x, 0.0
+    return high, low
 
 
 @triton.jit
