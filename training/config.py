@@ -132,6 +132,11 @@ class TrainingConfig:
     hang_factor: float = 30.0  # a run that makes no step for so many median steps ends, with stack traces (0: never)
     hang_seconds: float = 300.0  # but not before this; also the limit between two marks of a start or a save
 
+    @property
+    def last_step(self) -> int:
+        """The step at which a start ends."""
+        return min(self.steps, self.stop_at or self.steps)
+
     def validate(self, world_size: int) -> None:
         """Raise `ConfigError` for the first value that cannot be used on `world_size` ranks."""
         for name in ("steps", "global_batch_size", "micro_batch_size"):

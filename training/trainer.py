@@ -92,16 +92,11 @@ def _take(config: Config, world: World, stack: ExitStack, watchdog: Watchdog) ->
     stack.enter_context(run_lock(run_dir))
     checkpoint = choose_checkpoint(config, locked=True, watch=watchdog)  # again: nobody else changes it from here on
     step = 0 if checkpoint is None else read_marker(checkpoint).state.step
-    if step < last_step(config):
+    if step < config.training.last_step:
         give_up_if_stuck(run_dir, step)
     record_versions(run_dir, world, step)
     watchdog.mark(CHOICE)
     return checkpoint
-
-
-def last_step(config: Config) -> int:
-    """The step at which a start ends."""
-    return min(config.training.steps, config.training.stop_at or config.training.steps)
 
 
 @contextmanager
@@ -129,7 +124,7 @@ class Trainer:
         self.startup = Startup()
         self.config, self.world, self.stop, self.watchdog = config, world, stop, watchdog
         self.run_dir = Path(world.broadcast(str(Path(config.run.dir).absolute())))
-        self.last_step = last_step(config)
+        self.last_step = config.training.last_step
         self.console = Console(config.training.steps, enabled=world.is_main)
         self.garbage = GarbageCollection()
         self.profiler = StepProfiler(config.logging.profile, self.run_dir, world.rank, world.device, self.console.say)

@@ -23,6 +23,16 @@ def test_the_defaults_are_valid():
     Config().validate(world_size=8)
 
 
+def test_a_start_ends_where_it_is_to_stop_or_after_all_steps():
+    training = Config().training
+    assert training.last_step == training.steps
+    training.stop_at = 10
+    assert training.last_step == 10
+    training.steps = 5  # not validated yet
+    assert training.last_step == 5
+    assert "last_step" not in resolved(Config())["training"]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
