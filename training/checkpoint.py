@@ -211,7 +211,11 @@ def load_checkpoint(
         if unreadable := next((cause for cause in causes if isinstance(cause, OSError)), None):
             raise unreadable from error
         unsafe = any(isinstance(cause, pickle.UnpicklingError) for cause in causes)
-        what = "a file of it holds something other than tensors" if unsafe else " ".join(str(causes[0]).split())
+        what = (
+            "a file of it holds something other than tensors"
+            if unsafe
+            else " ".join(str(causes[0]).split()).rstrip(".")
+        )
         raise ConfigError(f"{path} is not loaded: {what}. Use a checkpoint that train.py has written.") from error
     for random in tensors.get("random", {}).values():
         torch.set_rng_state(random["cpu"])

@@ -83,13 +83,24 @@ def crafted_path(path, target):
     (path / METADATA).write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_shapes, crafted_path])
+def without_a_tensor(path, target):
+    """Whole, but of another model."""
+    metadata = read_metadata(path)
+    del metadata.state_dict_metadata["model.embedding.weight"]
+    (path / METADATA).write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize(
+    "craft", [crafted_metadata, crafted_entry, crafted_tensors, crafted_shapes, crafted_path, without_a_tensor]
+)
 def test_a_crafted_checkpoint_is_refused_and_runs_nothing(craft, run, tmp_path):
     path = Path(run.run.dir) / "checkpoints" / "step-6"
     shutil.rmtree(path.with_name("step-8"))
     craft(path, str(tmp_path / "executed"))
     resealed(path)
-    with pytest.raises(ConfigError, match=r"step-6 is not loaded: "):
+    with pytest.raises(
+        ConfigError, match=r"step-6 is not loaded: [^.].*[^.]\. Use a checkpoint that train\.py has written\.$"
+    ):
         train(run)
     assert not (tmp_path / "executed").exists()
 
