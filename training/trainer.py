@@ -454,7 +454,8 @@ class Trainer:
         self.saver.saved_step = self.saver.schedule.begun = self.state.step
         self.state.data, self.state.tokenizer = self.stream.fingerprint, self.stream.tokenizer["sha256"]
         self.state.sources = [asdict(source) for source in self.stream.sources]
-        self.state.config = resolved(config)
+        if steps or self.last_recorded < 0:  # else the run stays that of the steps that it has made
+            self.state.config = resolved(config)
 
     def _say_data(self) -> None:
         """What the whole run takes of each source: what it has taken, and the steps that are left."""
@@ -470,7 +471,9 @@ class Trainer:
         """On the main rank: configuration, versions, metrics up to the checkpoint, wandb."""
         config = self.config
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(resolved(config), sort_keys=False).encode())
+        written = self.run_dir / "config.yaml"
+        if self.state.step < self.last_step or not written.exists():
+            write_atomically(written, yaml.safe_dump(self.state.config, sort_keys=False).encode())
         self.log = MetricsLog(self.run_dir / "metrics.jsonl")
         if self.last_recorded < 0 and self.log.last_step > config.checkpoint.every:
             self.console.say(
@@ -489,7 +492,7 @@ class Trainer:
             config.logging.wandb,
             config.run.name,
             self.run_dir,
-            resolved(config),
+            self.state.config,
             self.state.wandb_run_id or previous_run_id(self.run_dir),
             read_metrics(self.log.path),
         )

@@ -6,11 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+import training.trainer
 from models.config import ConfigError
 from tests.training.runs import short, untimed
 from training.checkpoint import find_checkpoints, read_marker
+from training.config import resolved
 from training.resume import choose_checkpoint, continue_command
+from training.tracking import WandbTracker
 from training.trainer import Trainer, train
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "first", "RANK": "0", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"}
@@ -81,6 +85,29 @@ def test_a_run_that_began_with_other_weights_does_not_begin_again_with_new_ones(
         choose_checkpoint(config)
     config.checkpoint.resume = other
     assert choose_checkpoint(config) == Path(other)
+
+
+def test_a_start_that_makes_no_step_leaves_the_configuration_of_the_run(run, monkeypatch):
+    shown = []
+
+    class Tracker(WandbTracker):
+        def __init__(self, config, run_name, run_dir, resolved_config, *rest):
+            shown.append(resolved_config)
+            super().__init__(config, run_name, run_dir, resolved_config, *rest)
+
+    monkeypatch.setattr(training.trainer, "WandbTracker", Tracker)
+    path = Path(run.run.dir) / "config.yaml"
+    before = path.read_bytes()
+    run.training.micro_batch_size, run.logging.every = 4, 3
+    train(run)
+    assert path.read_bytes() == before
+    assert shown == [yaml.safe_load(before)]
+    path.unlink()
+    train(run)
+    assert path.read_bytes() == before, "as the checkpoint has it"
+    shutil.rmtree(path.parent / "checkpoints" / "step-8")
+    train(run)
+    assert yaml.safe_load(path.read_text()) == shown[-1] == resolved(run)
 
 
 def test_fewer_steps_than_are_done_are_refused(run):
