@@ -268,7 +268,8 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def continue_command(*, at_stop: bool) -> str:
     """The command of this run, with where to give it unless that is once and here.
 
-    `at_stop`: the run has come to its training.stop_at, so that the command is free to go on to the last step.
+    `at_stop`: the run has come to its training.stop_at, or beyond, where the same command would make no step; this one
+    goes on to the last.
     """
     environment = os.environ
     script, *arguments = sys.argv

@@ -360,7 +360,7 @@ class Trainer:
         self.console.say(f"run     {self.run_dir} | {state.step:,} of {self.config.training.steps:,} steps")
         self.console.say(f"curves  {picture}")
         if state.step < self.config.training.steps:
-            self.console.say(f"to continue: {continue_command(at_stop=state.step == self.last_step)}")
+            self.console.say(f"to continue: {continue_command(at_stop=state.step >= self.last_step)}")
 
     def _build_data(self) -> None:
         config, world = self.config, self.world

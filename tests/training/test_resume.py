@@ -63,6 +63,15 @@ def test_the_command_that_continues_starts_all_ranks(environment, command, monke
     assert continue_command(at_stop=False) == unchanged.replace("PYTHON", "/elsewhere/PYTHON"), "after a signal"
 
 
+@pytest.mark.parametrize("stop", [5, 6], ids=["behind", "at"])
+def test_no_command_is_given_that_would_make_no_step(stop, run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", f"training.stop_at={stop}", "a=b"])
+    shutil.rmtree(Path(run.run.dir) / "checkpoints" / "step-8")
+    run.training.stop_at = stop
+    train(run)
+    assert "train.py a=b training.stop_at=null\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/step-6"])
 def test_checkpoints_that_lie_elsewhere_by_a_link_are_the_runs_own(linked, run, saved, tmp_path):
     run_dir = Path(run.run.dir)
