@@ -84,17 +84,20 @@ def _root(data: DataConfig, path: str, say: Callable[[str], None] = lambda line:
     return localized(path, data.cache, say)
 
 
-def check_same_data(fingerprint: str, sources: Sequence[dict[str, object]], stream: InstanceStream, path: Path) -> None:
+def check_same_data(
+    fingerprint: str, sources: Sequence[dict[str, object]], stream: InstanceStream, path: Path, key: str
+) -> None:
     """Raise ConfigError, with the difference in it, when a checkpoint was trained on other data than `stream`.
 
     Args:
         fingerprint, sources: of the data, as the checkpoint holds them.
         path: of the checkpoint.
+        key: of the configuration, which gives another run directory.
     """
     if fingerprint == stream.fingerprint:
         return
     changed = difference(sources, stream.sources) or f"fingerprint {fingerprint} → {stream.fingerprint}"
     raise ConfigError(
         f"{path} was trained on other data than this ({changed}): give the same data, start a new run with another "
-        "run.name, or add checkpoint.allow_changes=[data] to continue on this."
+        f"{key}, or add checkpoint.allow_changes=[data] to continue on this."
     )

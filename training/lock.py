@@ -13,8 +13,11 @@ from models.config import ConfigError
 
 
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold `run_dir`, made when missing, while the block runs. Raises ConfigError when another process does."""
+def run_lock(run_dir: Path, key: str | None = None) -> Iterator[None]:
+    """Hold `run_dir`, made when missing, while the block runs. Raises ConfigError when another process does.
+
+    `key` of the configuration gives another directory; None: the caller has no use for another.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = open(run_dir / ".lock", "a+")  # noqa: SIM115 - closed below, and by the system when the process dies
@@ -26,9 +29,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(
-                f"run.dir={run_dir} is in use by {holder}: wait for it to end, or choose another run.name."
-            ) from None
+            otherwise = f", or choose another {key}" if key else ""
+            raise ConfigError(f"run.dir={run_dir} is in use by {holder}: wait for it to end{otherwise}.") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -70,18 +70,18 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     Raises ConfigError when it would be another run. `locked` says that nobody else uses the run directory: checksums
     are then verified, and what is damaged is set aside, with a sentence for each on standard error.
     """
-    run_dir, resume = Path(config.run.dir), config.checkpoint.resume
+    run_dir, resume, key = Path(config.run.dir), config.checkpoint.resume, config.run.placed_by
     if resume == "never" and earlier_starts(run_dir):
         resume = "auto"  # a launcher repeats the command that began this run
     if resume == "never":
         if find_checkpoints(run_dir) or (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
-                f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another run.name or remove it."
+                f"checkpoint.resume=never would overwrite the run in {run_dir}: choose another {key} or remove it."
             )
-        _check_own(run_dir)
+        _check_own(run_dir, key)
         check_allowed(config, flatten(resolved(config)))
         return None
-    path = own = _newest(run_dir, locked, watch)
+    path = own = _newest(run_dir, locked, watch, key)
     if resume != "auto":
         given = Path(resume).resolve()
         if path is None or read_marker(path).state.begun_from != str(given):  # what it began with may be deleted since
@@ -93,24 +93,24 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
         elif path != given and path.parent == given.parent:
             raise ConfigError(
                 f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
-                "or set another run.name to continue there."
+                f"or set another {key} to continue there."
             )
         elif path != given and read_marker(path).state.begun_from != str(given):
             raise ConfigError(
                 f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
-                "its own: set another run.name, or checkpoint.resume=auto to continue it."
+                f"its own: set another {key}, or checkpoint.resume=auto to continue it."
             )
     if own is None:
-        _check_own(run_dir)
+        _check_own(run_dir, key)
     if own is None and (run_dir / "metrics.jsonl").exists() and (run_dir / "config.yaml").exists():
         # It ended before its first checkpoint, or they were removed: it begins again, if it is the same run.
-        begun = _begun_with(run_dir)
+        begun = _begun_with(run_dir, key)
         check_resumable(begun, config, run_dir)
         before = begun.get("checkpoint", {}).get("resume", resume)
         if resume == "auto" and before not in ("auto", "never"):
             raise ConfigError(
                 f"checkpoint.resume=auto finds no checkpoint in {run_dir}, whose run began with {before}: give "
-                f"checkpoint.resume={before} again, or another run.name for new weights."
+                f"checkpoint.resume={before} again, or another {key} for new weights."
             )
     if path is not None:
         saved = read_marker(path).state
@@ -118,30 +118,31 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
         if saved.step > config.training.steps:
             raise ConfigError(
                 f"training.steps={config.training.steps} lies before step {saved.step}, which {path} has come to: use "
-                "that or more, or another run.name."
+                f"that or more, or another {key}."
             )
         stream = open_stream(config)
         if DATA not in config.checkpoint.allow_changes:
-            check_same_data(saved.data, saved.sources, stream, path)
+            check_same_data(saved.data, saved.sources, stream, path, key)
         if saved.tokenizer != stream.tokenizer["sha256"]:
             raise ConfigError(
                 f"{path} was trained with another tokenizer than that of data.path={config.data.paths[0]}: its ids "
-                "mean other text there, so give data of the same tokenizer, or start a new run with another run.name."
+                f"mean other text there, so give data of the same tokenizer, or start a new run with another {key}."
             )
     else:
         check_allowed(config, flatten(resolved(config)))
     return path
 
 
-def _check_own(run_dir: Path) -> None:
-    """Raise ConfigError where a folder without checkpoints holds what a new run would write over and must not."""
+def _check_own(run_dir: Path, key: str) -> None:
+    """Raise ConfigError where a folder without checkpoints holds what a new run would write over and must not.
+
+    `key` of the configuration gives another folder.
+    """
     if (run_dir / "train" / MANIFEST_NAME).exists():
-        raise ConfigError(f"{run_dir} holds token shards: set another run.name, or run.dir, for the run.")
+        raise ConfigError(f"{run_dir} holds token shards: set another {key} for the run.")
     foreign = [name for name in FILES if (run_dir / name).exists()]
     if foreign and not entries(run_dir):  # the first that a run writes is versions.json
-        raise ConfigError(
-            f"{run_dir} holds {foreign[0]}, and no {VERSIONS} that tells of a run: set another run.name, or run.dir."
-        )
+        raise ConfigError(f"{run_dir} holds {foreign[0]}, and no {VERSIONS} that tells of a run: set another {key}.")
     try:
         stopped_at = int(json.loads((run_dir / "summary.json").read_text("utf-8"))["stopped_at"])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
@@ -149,11 +150,11 @@ def _check_own(run_dir: Path) -> None:
     if stopped_at:  # it is written when the checkpoint is
         raise ConfigError(
             f"{run_dir} holds a run that has come to step {stopped_at} and none of its checkpoints (folders "
-            f"{FOLDER}/step-N with {MARKER}): put them back, or choose another run.name to begin again."
+            f"{FOLDER}/step-N with {MARKER}): put them back, or choose another {key} to begin again."
         )
 
 
-def _begun_with(run_dir: Path) -> dict[str, Any]:
+def _begun_with(run_dir: Path, key: str) -> dict[str, Any]:
     """The configuration of the last start in a run directory, nested."""
     path = run_dir / "config.yaml"
     try:
@@ -163,12 +164,12 @@ def _begun_with(run_dir: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} is damaged, and there is no checkpoint to tell what the run was: remove {run_dir} to begin again, "
-            "or choose another run.name."
+            f"or choose another {key}."
         )
     return content
 
 
-def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:
+def _newest(run_dir: Path, locked: bool, watch: Watch, key: str) -> Path | None:
     """The newest checkpoint of a run that is whole, absolute. Raises ConfigError when there are only damaged ones."""
     broken: dict[Path, str] = {}
     newest = None
@@ -185,7 +186,7 @@ def _newest(run_dir: Path, locked: bool, watch: Watch) -> Path | None:
     if newest is None and (broken or aside):
         what = next(iter(broken.values())).partition(": use")[0] if broken else f"only {aside[-1].name}"
         raise ConfigError(
-            f"{run_dir} has no whole checkpoint ({what}): put a good copy in its place, or choose another run.name to "
+            f"{run_dir} has no whole checkpoint ({what}): put a good copy in its place, or choose another {key} to "
             "begin again."
         )
     for path, why in broken.items():
@@ -226,7 +227,7 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
     if not refused and not askable:
         return
     go_on = "" if refused else f" add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}],"
-    remedy = f"keep the old values,{go_on} or start a new run with another run.name"
+    remedy = f"keep the old values,{go_on} or start a new run with another {config.run.placed_by}"
     raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.{table(rows)}")
 
 
@@ -239,7 +240,7 @@ def check_allowed(config: Config, known: Container[str]) -> None:
         if key in known and not key.startswith((*MAY_CHANGE, *MAY_CHANGE_IF_ALLOWED)):
             raise ConfigError(
                 f"checkpoint.allow_changes=[{key}] can never be: a run goes on with another {CHANGEABLE} only. Leave "
-                "it out, and start a new run with another run.name for what else is to change."
+                f"it out, and start a new run with another {config.run.placed_by} for what else is to change."
             )
         if key != DATA and key not in known:
             raise ConfigError(

@@ -89,7 +89,7 @@ def _take(config: Config, world: World, stack: ExitStack, watchdog: Watchdog) ->
     """On the main rank: the run directory, locked until `stack` ends. Returns the checkpoint to go on from."""
     run_dir = Path(config.run.dir)
     choose_checkpoint(config)  # a mistake leaves no file
-    stack.enter_context(run_lock(run_dir))
+    stack.enter_context(run_lock(run_dir, config.run.placed_by))
     checkpoint = choose_checkpoint(config, locked=True, watch=watchdog)  # again: nobody else changes it from here on
     step = 0 if checkpoint is None else read_marker(checkpoint).state.step
     if step < config.training.last_step:

@@ -151,6 +151,20 @@ def test_a_sweep_is_the_product_in_order_with_numbered_directories():
     assert jobs[2].label == "model.norm=post model.depth_kv=False"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["model=moda_tiny"], "run.name"),
+        (["run.name=a/b"], "run.name"),
+        (["run.dir=elsewhere", "run.name=first"], "run.dir"),
+        (["-m", "model=glob(*_tiny)"], "run.name"),
+    ],
+)
+def test_the_key_that_places_a_run_is_known(arguments, key):
+    for job in plan(arguments).jobs:
+        assert job.config.run.placed_by == key
+
+
 def test_the_same_sweep_has_the_same_directories_again():
     arguments = ("-m", "model=moda_tiny", "training.seed=range(3)")
     assert sweep(*arguments) == sweep(*arguments)

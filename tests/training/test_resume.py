@@ -63,6 +63,33 @@ def test_the_command_that_continues_starts_all_ranks(environment, command, monke
     assert continue_command(at_stop=False) == unchanged.replace("PYTHON", "/elsewhere/PYTHON"), "after a signal"
 
 
+@pytest.mark.parametrize("key", ["run.name", "run.dir"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c, run_dir: setattr(c.model, "norm", "pre"),
+        lambda c, run_dir: setattr(c.checkpoint, "resume", "never"),
+        lambda c, run_dir: setattr(c.checkpoint, "resume", str(run_dir / "checkpoints" / "step-4")),
+        lambda c, run_dir: setattr(c.checkpoint, "allow_changes", ["model.norm"]),
+        lambda c, run_dir: [marker.write_text("{") for marker in run_dir.glob("checkpoints/*/checkpoint.json")],
+        lambda c, run_dir: shutil.rmtree(run_dir / "checkpoints"),
+        lambda c, run_dir: [shutil.rmtree(run_dir / "checkpoints"), (run_dir / "versions.json").unlink()],
+    ],
+    ids=["configuration", "never", "older", "allow_changes", "damaged", "lost", "foreign"],
+)
+def test_a_run_directory_that_cannot_be_used_is_answered_with_the_key_that_was_given(
+    change, key, run, tmp_path, monkeypatch
+):
+    (tmp_path / "runs").mkdir()
+    Path(run.run.dir).rename(tmp_path / "runs" / "first")
+    monkeypatch.chdir(tmp_path)
+    run.run.name, run.run.dir = ("first" if key == "run.name" else "other"), "runs/first"
+    change(run, tmp_path / "runs" / "first")
+    with pytest.raises(ConfigError, match=rf"(another|other) {key}\b") as refused:
+        choose_checkpoint(run)
+    assert ({"run.name", "run.dir"} - {key}).pop() not in str(refused.value)
+
+
 @pytest.mark.parametrize("stop", [5, 6], ids=["behind", "at"])
 def test_no_command_is_given_that_would_make_no_step(stop, run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", f"training.stop_at={stop}", "a=b"])
