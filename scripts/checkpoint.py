@@ -34,12 +34,12 @@ from models.config import ConfigError
 from scripts.console import run
 from training.checkpoint import (
     ASIDE,
-    FOLDER,
     MARKER,
     checkpoint_folders,
     newest_marked,
     prune,
     read_marker,
+    run_of,
     size_in_bytes,
     verify,
 )
@@ -69,8 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(
                 f"{options.path} is no folder: give a run directory, as in runs/NAME, or a checkpoint of it."
             )
-        if options.path.resolve().name == FOLDER:  # of a run: all of it is meant
-            options.path = options.path.resolve().parent
+        options.path = run_of(options.path)
         return globals()[f"{options.command}_"](options)
     except BrokenPipeError:
         raise

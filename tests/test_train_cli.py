@@ -120,8 +120,8 @@ MISTAKES = [
     ),
     (
         "checkpoint.resume=runs/a/checkpoints/step-5",
-        "checkpoint.resume=runs/a/checkpoints/step-5 is no folder: use auto, never or the path of a checkpoint, as "
-        "in runs/NAME/checkpoints/step-1000.",
+        "checkpoint.resume=runs/a/checkpoints/step-5 is no folder: use auto, never, or the path of a run or "
+        "checkpoint, as in runs/NAME or runs/NAME/checkpoints/step-1000.",
     ),
     (
         "model=moda_tiny",

@@ -118,9 +118,18 @@ def find_checkpoints(run_dir: Path, on_damage: Callable[[Path, str], None] = lam
     return whole
 
 
+def run_of(path: Path) -> Path:
+    """`path`, but where that is the folder of checkpoints of a run, the run's directory."""
+    if not (path / FOLDER).is_dir():  # else it is a run, which may have any name
+        for folder in (path, path.resolve()):
+            if folder.name == FOLDER:
+                return folder.parent
+    return path
+
+
 def newest_marked(path: Path) -> Path:
-    """`path` if it is a checkpoint, else the newest one of the run in it, damaged or not."""
-    marked = [folder for folder in checkpoint_folders(path) if (folder / MARKER).is_file()]
+    """`path` if it is a checkpoint, else the newest one of the run that it means, damaged or not."""
+    marked = [folder for folder in checkpoint_folders(run_of(path)) if (folder / MARKER).is_file()]
     return marked[-1] if marked else path
 
 

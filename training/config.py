@@ -264,7 +264,7 @@ class CheckpointConfig:
     keep: int | None = 3  # newest checkpoints kept, permanent ones apart (null: all)
     permanent_every: int | None = None  # steps between checkpoints that are never deleted (null: none)
     asynchronous: bool = True  # write while training goes on (false: training waits, at multiples of `every`)
-    resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a checkpoint
+    resume: str = "auto"  # auto (newest whole checkpoint of run.dir), never, or the path of a run or checkpoint
     allow_changes: list[str] = field(default_factory=list)  # keys that may change the run on resume; data: its tokens
 
     def validate(self) -> None:
@@ -273,7 +273,12 @@ class CheckpointConfig:
         require(self.keep is None or self.keep >= 1, "checkpoint.keep", self.keep, "use null (all) or at least 1")
         permanent = self.permanent_every
         require(permanent is None or permanent >= 1, "checkpoint.permanent_every", permanent, "use null or at least 1")
-        require(bool(self.resume.strip()), "checkpoint.resume", self.resume, "use auto, never or a checkpoint's path")
+        require(
+            bool(self.resume.strip()),
+            "checkpoint.resume",
+            self.resume,
+            "use auto, never or the path of a run or checkpoint",
+        )
 
 
 @dataclass

@@ -62,8 +62,8 @@ def _check_paths(config: Config) -> None:
     begun = any(Path(config.run.dir).glob("checkpoints/step-*"))  # then what it began with may be deleted since
     if resume not in ("auto", "never") and not Path(resume).is_dir() and not begun:
         raise ConfigError(
-            f"checkpoint.resume={resume} is no folder: use auto, never or the path of a checkpoint, as in "
-            f"runs/NAME/checkpoints/step-1000."
+            f"checkpoint.resume={resume} is no folder: use auto, never, or the path of a run or checkpoint, as in "
+            f"runs/NAME or runs/NAME/checkpoints/step-1000."
         )
     run_dir = Path(config.run.dir).absolute()
     existing = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists() or folder.is_symlink())

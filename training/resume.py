@@ -21,7 +21,17 @@ import yaml
 
 from data.shards import MANIFEST_NAME
 from models.config import ConfigError, shown
-from training.checkpoint import ASIDE, FOLDER, MARKER, checkpoint_folders, find_checkpoints, read_marker, verify
+from training.checkpoint import (
+    ASIDE,
+    FOLDER,
+    MARKER,
+    checkpoint_folders,
+    find_checkpoints,
+    newest_marked,
+    read_marker,
+    run_of,
+    verify,
+)
 from training.config import Config, resolved
 from training.data import check_same_data, open_stream
 from training.restarts import VERSIONS, earlier_starts, entries
@@ -83,9 +93,12 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
         return None
     path = own = _newest(run_dir, locked, watch, key)
     if resume != "auto":
-        given = Path(resume).resolve()
-        if path is None or read_marker(path).state.begun_from != str(given):  # what it began with may be deleted since
-            read_marker(given, "checkpoint.resume")
+        source = run_of(Path(resume)).resolve()  # a run, or a checkpoint
+        given = path if path is not None and source == run_dir.resolve() else newest_marked(source).resolve()
+        began = None if path is None else read_marker(path).state.begun_from
+        continues = began is not None and (began == str(given) or Path(began).parent == (source / FOLDER).resolve())
+        if not continues:  # else what it began with may be deleted since
+            _check_given(given, resume)
         if path is None:
             path = given
             if locked:
@@ -95,7 +108,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
                 f"checkpoint.resume={resume} is older than {path.name} of the same run: remove the newer checkpoints, "
                 f"or set another {key} to continue there."
             )
-        elif path != given and read_marker(path).state.begun_from != str(given):
+        elif path != given and not continues:
             raise ConfigError(
                 f"checkpoint.resume={resume} is not what the run in {run_dir} began with, and that has checkpoints of "
                 f"its own: set another {key}, or checkpoint.resume=auto to continue it."
@@ -131,6 +144,16 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     else:
         check_allowed(config, flatten(resolved(config)))
     return path
+
+
+def _check_given(path: Path, resume: str) -> None:
+    """Raise ConfigError unless `path`, which `checkpoint.resume` means, is a checkpoint, whole by its files' sizes."""
+    if path.is_dir() and not path.name.startswith("step-") and not (path / MARKER).exists():
+        raise ConfigError(
+            f"checkpoint.resume={resume} has no whole checkpoint: give a run that has saved one, as in runs/NAME, or a "
+            f"checkpoint, as in runs/NAME/{FOLDER}/step-1000."
+        )
+    read_marker(path, "checkpoint.resume")
 
 
 def _check_own(run_dir: Path, key: str) -> None:

@@ -11,7 +11,7 @@ import yaml
 import training.trainer
 from models.config import ConfigError
 from tests.training.runs import short, untimed
-from training.checkpoint import find_checkpoints, read_marker
+from training.checkpoint import find_checkpoints, newest_marked, read_marker
 from training.config import resolved
 from training.resume import choose_checkpoint, continue_command
 from training.tracking import WandbTracker
@@ -144,6 +144,38 @@ def test_a_start_that_makes_no_step_leaves_the_configuration_of_the_run(run, mon
     shutil.rmtree(path.parent / "checkpoints" / "step-8")
     train(run)
     assert yaml.safe_load(path.read_text()) == shown[-1] == resolved(run)
+
+
+@pytest.mark.parametrize("named", ["run", "run/checkpoints", "a link", "inside"])
+def test_a_run_to_begin_with_means_its_newest_whole_checkpoint(named, run, shards, tmp_path, monkeypatch):
+    other = Path(run.run.dir)
+    (other / "checkpoints" / "step-8" / "checkpoint.json").unlink()  # as while it is saved
+    (tmp_path / "link").symlink_to(other / "checkpoints")
+    monkeypatch.chdir(other / "checkpoints")
+    paths = {"run": other, "run/checkpoints": other / "checkpoints", "a link": tmp_path / "link", "inside": Path(".")}
+    config = short(shards, tmp_path / "new", resume=str(paths[named]))
+    assert choose_checkpoint(config) == other / "checkpoints" / "step-6"
+    assert newest_marked(paths[named]).samefile(other / "checkpoints" / "step-6")
+
+
+def test_a_run_that_began_with_the_newest_of_another_continues_its_own_though_that_goes_on(run, shards, tmp_path):
+    other = Path(run.run.dir) / "checkpoints"
+    (other / "step-8").rename(tmp_path / "step-8")
+    config = short(shards, tmp_path / "new", resume=run.run.dir)
+    config.training.stop_at = 7
+    train(config)
+    (tmp_path / "step-8").rename(other / "step-8")
+    shutil.rmtree(other / "step-6")
+    assert choose_checkpoint(config) == tmp_path / "new" / "checkpoints" / "step-7"
+    shutil.rmtree(other)
+    assert choose_checkpoint(config) == tmp_path / "new" / "checkpoints" / "step-7"
+    config.checkpoint.resume = str(tmp_path / "new")
+    assert choose_checkpoint(config) == tmp_path / "new" / "checkpoints" / "step-7"
+    config.checkpoint.resume = run.run.dir
+    shutil.rmtree(tmp_path / "new")
+    with pytest.raises(ConfigError, match=rf"resume={run.run.dir} has no whole checkpoint: give a run that has saved"):
+        train(config)
+    assert not (tmp_path / "new").exists()
 
 
 def test_fewer_steps_than_are_done_are_refused(run):
