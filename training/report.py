@@ -44,18 +44,33 @@ class Run:
     differing: dict[str, Any] = field(default_factory=dict)  # the part of config in which the runs differ
 
     @property
+    def position(self) -> tuple[int, int]:
+        """The last step made, and the tokens seen by then: as the summary says, else those of the last record, or 0.
+
+        Every `logging.every`th step is recorded. A summary that is further away tells of an earlier start: the run goes
+        on, from a checkpoint before it or beyond it.
+        """
+        last: Mapping[str, Any] = self.records[-1] if self.records else {"step": 0, "tokens": 0}
+        step, tokens = last["step"], last["tokens"]
+        summary = self.summary or {}
+        stopped_at = summary.get("stopped_at", step)
+        if 0 <= stopped_at - step < int(self.config.get("logging.every") or 1):
+            return stopped_at, summary.get("tokens", tokens)
+        return step, tokens
+
+    @property
     def steps(self) -> int:
-        """The last step recorded (0 when there is none)."""
-        return self.records[-1]["step"] if self.records else 0
+        """The last step made (0 when there is none)."""
+        return self.position[0]
 
     @property
     def tokens(self) -> int:
-        """Tokens seen at that step."""
-        return self.records[-1]["tokens"] if self.records else 0
+        """Tokens seen by that step."""
+        return self.position[1]
 
     @property
     def planned_steps(self) -> int:
-        """`training.steps` of the configuration, or what is recorded where it does not say."""
+        """`training.steps` of the configuration, or the last step made where it does not say."""
         return int(self.config.get("training.steps") or self.steps)
 
     @property

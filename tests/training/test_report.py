@@ -130,6 +130,20 @@ def test_a_run_that_did_not_reach_its_end_is_marked(tmp_path, last, summary):
     assert "* the run goes on, was stopped or was killed" in made.text
 
 
+@pytest.mark.parametrize(
+    ("stopped_at", "step", "tokens"),
+    [(13, 13, "13.0 k"), (5, 10, "10.0 k"), (20, 10, "10.0 k")],
+    ids=["between two records", "goes on", "goes on from an earlier checkpoint"],
+)
+def test_a_run_has_come_to_the_step_that_it_has_stopped_at(tmp_path, stopped_at, step, tokens):
+    folder = write_run(tmp_path / "run", {"mean": 4.0}, last=10)
+    summary = {"name": "run", "steps": 20, "stopped_at": stopped_at, "tokens": 1000 * stopped_at}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (row,) = rows(write_report(tmp_path).markdown.read_text())
+    assert (row["steps"], row["tokens"]) == (f"{step} of 20 \\*", tokens)
+    assert row["validation"] == ("4.0000" if step == 10 else "4.0000 (step 10)")
+
+
 def test_an_evaluation_before_the_last_step_says_its_step(tmp_path):
     folder = write_run(tmp_path / "run", {"mean": 4.0})
     with open(folder / "metrics.jsonl", "a") as file:
