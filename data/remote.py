@@ -28,6 +28,7 @@ from data.shards import (
     counted,
     parse_manifest,
     partial_path,
+    user_cache,
     write_atomically,
 )
 
@@ -56,7 +57,7 @@ def localized(path: str, cache: str | Path | None, say: Callable[[str], None] = 
     """
     if not is_remote(path):
         return Path(path)
-    root = Path(cache) if cache else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moda"
+    root = Path(cache) if cache else user_cache()
     key = path.rstrip("/"), root.absolute()
     if key not in _found:
         _found[key] = _Remote(key[0]).copy(key[1], say)

@@ -28,7 +28,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.host_lock import host_lock
+from data.host_lock import host_lock, lock_path
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
@@ -240,23 +240,35 @@ def verify_checksums_once(folder: str | Path, say: Callable[[str], None] = lambd
     """`verify_checksums`, left out when it was done before and no file has changed since.
 
     `say` gets a line when it will take long. The sizes and times of the verified files are noted in the folder as
-    `verified.json`; a folder that cannot be written is verified each time. Of several processes of a host one verifies
-    and the others wait for it.
+    `verified.json`, or in the user's cache where the folder cannot be written: of several processes of a host one
+    verifies, the others wait for it and find the note.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     with host_lock(folder):
         state = {file.name: list(file_state(folder / file.name)) for file in manifest.files}
         noted = json.dumps({"fingerprint": manifest.fingerprint, "files": state}).encode()
-        path = folder / VERIFIED_NAME
-        if path.exists() and path.read_bytes() == noted:
-            return manifest
+        notes = [folder / VERIFIED_NAME]
+        with suppress(RuntimeError):  # a user without a home
+            notes.append(user_cache() / "verified" / lock_path(folder).with_suffix(".json").name)
+        for note in notes:
+            with suppress(OSError):
+                if note.read_bytes() == noted:
+                    return manifest
         if (size := sum(file.bytes for file in manifest.files)) >= WORTH_A_LINE:
             say(f"verifying the checksums of {folder}, {size / 1e9:,.0f} GB (data.verify=false leaves this out)")
         verify_checksums(folder)
-        with suppress(OSError):  # not ours to write: nothing is lost but time
-            write_atomically(path, noted)
+        for note in notes:
+            with suppress(OSError):  # where neither is ours to write nothing is lost but time
+                note.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(note, noted)
+                break
     return manifest
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again: `~/.cache/moda`, or below $XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moda"
 
 
 def file_state(path: Path) -> tuple[int, int]:

@@ -161,20 +161,30 @@ def test_an_altered_file_is_found_at_the_first_opening_and_after_a_change_and_no
     assert len(said) == 3
 
 
+@pytest.mark.parametrize("cache", [True, False], ids=["noted in the cache", "each time"])
 def test_a_folder_that_cannot_be_written_is_verified_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write(tmp_path, DOCUMENTS)
+    folder = tmp_path / "shards"
+    write(folder, DOCUMENTS)
 
     def refuse(path: Path, content: bytes) -> None:
-        raise PermissionError(13, "Permission denied")
+        if not cache or path.is_relative_to(folder):
+            raise PermissionError(13, "Permission denied")
+        write_atomically(path, content)
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data.shards, "write_atomically", refuse)
     monkeypatch.setattr(data.shards, "WORTH_A_LINE", 0)
     said: list[str] = []
-    for _ in range(2):
-        verify_checksums_once(tmp_path, said.append)
-    assert len(said) == 2
+    for _ in range(3):
+        verify_checksums_once(folder, said.append)
+    assert len(said) == (1 if cache else 3)
+    path = folder / "00001.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DataError, match=r"00001.bin is damaged"):
+        verify_checksums_once(folder)
 
 
 def test_a_stream_is_read_in_chunks_that_cover_it(tmp_path: Path) -> None:
