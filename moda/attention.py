@@ -84,7 +84,8 @@ def attention(
         natural logarithm, [batch, time, query_heads], not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, or the backend does not exist or cannot do this.
+        ValueError: shapes, dtypes or devices do not fit together, scale is not finite, or the backend does not exist or
+            cannot do this.
         TypeError: an argument is no tensor, scale no number, or backend no string.
         RuntimeError: an input carries a tangent: there are no forward-mode derivatives.
     """
@@ -176,7 +177,8 @@ def check_backend(backend: object) -> None:
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the scores, head_dim ** -0.5 for None.
 
-    Raises TypeError for what is no real number, ValueError for one that no float holds.
+    Raises TypeError for what is no real number, ValueError for one that no float holds, or that is not finite; code
+    that is being compiled leaves the latter to the operator.
     """
     if scale is None:
         return q.shape[-1] ** -0.5
@@ -186,6 +188,8 @@ def scale_of(q: Tensor, scale: float | None) -> float:
         )
     if isinstance(scale, int) and abs(scale) > sys.float_info.max:
         raise ValueError("scale is an integer that no float can hold: use a number of the size of head_dim ** -0.5.")
+    if not torch.compiler.is_compiling():
+        operators.check_scale(scale)
     return scale
 
 

@@ -6,6 +6,8 @@ backward is inputs, o and lse, never scores.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -29,6 +31,7 @@ def attention(
     """Output [batch, time, query_heads, head_dim], contiguous, and lse [batch, time, query_heads] in memory
     [batch, query_heads, time], in `_lse_dtype`."""
     check_documents(q, cu_seqlens)  # here, as code compiled around the call has no values before it runs
+    check_scale(scale)
     operations = choose_backend(backend, q, k, cu_seqlens)
     out, lse = operations.joint_forward(q, k, v, _slots(depth_k, depth_v), scale, cu_seqlens)
     lse = lse.to(_lse_dtype(q)).transpose(1, 2).contiguous().transpose(1, 2)
@@ -102,6 +105,14 @@ def check_documents(q: Tensor, cu_seqlens: Tensor | None) -> None:
     ends, tokens = cu_seqlens.tolist(), q.shape[0] * q.shape[1]
     if ends[0] != 0 or ends[-1] != tokens or sorted(ends) != ends:
         raise ValueError(f"cu_seqlens must rise from 0 to batch * time = {tokens}, got {ends}.")
+
+
+def check_scale(scale: float) -> None:
+    """Raise ValueError for a factor of the scores that would make every output no number."""
+    if not math.isfinite(scale):
+        raise ValueError(
+            f"scale={scale} is no finite number: use one of the size of head_dim ** -0.5, or None for just that."
+        )
 
 
 def _lse_dtype(q: Tensor) -> torch.dtype:

@@ -1,6 +1,7 @@
 """`moda.attention` against the definition in float64: outputs, log-sum-exp and all five gradients, to 1e-12."""
 
 import itertools
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,33 @@ def test_options_of_another_type_get_one_sentence(options, words):
 def test_a_scale_is_any_real_number(scale):
     inputs = random_case(1, 6, 1, 1, 16, 2)
     assert torch.equal(moda.attention(*inputs, scale=scale), moda.attention(*inputs, scale=float(scale)))
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, numpy.float32("nan")], ids=repr)
+def test_a_scale_that_is_not_finite_gets_one_sentence(scale):
+    q = tensor(1, 4, 2, 8)
+    stream = moda.DepthStream(1, 1, 4, 2, 8, slots_per_layer=1, dtype=q.dtype, device="cpu")
+    torch._dynamo.reset()
+    compiled = torch.compile(moda.attention, backend="aot_eager", fullgraph=True)
+    calls = [
+        lambda: moda.attention(q, q, q, scale=scale),
+        lambda: moda.explain(q, q, q, scale=scale),
+        lambda: stream.attend(stream.start(), 0, q, q, q, scale=scale),
+        lambda: compiled(q, q, q, scale=float(scale)),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"^scale={scale} is no finite number: use one of the size of head_dim"):
+            call()
+
+
+def test_code_compiled_for_any_scale_refuses_one_that_is_not_finite():
+    torch._dynamo.reset()
+    q = tensor(1, 4, 2, 8)
+    compiled = torch.compile(moda.attention, backend="aot_eager", fullgraph=True, dynamic=True)
+    for scale in (0.25, 0.5):
+        assert torch.equal(compiled(q, q, q, scale=scale), moda.attention(q, q, q, scale=scale))
+    with pytest.raises(ValueError, match=r"^scale=nan is no finite number"):
+        compiled(q, q, q, scale=math.nan)
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
