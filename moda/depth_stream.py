@@ -135,12 +135,20 @@ class DepthStream:
 
     @torch.compiler.disable
     def start(self) -> Tensor:
-        """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it)."""
+        """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it).
+
+        Raises ValueError where no CUDA device is visible and the stream is to lie on one.
+        """
         for lost in [n for n, lease in self._without_grad.copy().items() if lease.newest and lease.newest.expired()]:
             self._without_grad.pop(lost, None)
         number = next(lease_numbers)
         shape = (self.num_layers * self.slots_per_layer, *self.slot_shape)
-        keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        try:
+            keys = torch.empty(shape, dtype=self.dtype, device=self.device)
+        except (AssertionError, RuntimeError) as error:  # the former where PyTorch was built without CUDA
+            if self.device.type != "cuda" or torch.cuda.is_available():
+                raise
+            raise ValueError(f"device={self.device} cannot be used: no CUDA device is visible, so use cpu.") from error
         lease = Lease(number, torch.is_grad_enabled(), keys, torch.empty_like(keys))
         self._leases[number] = leases[number] = lease
         anchor = torch.empty(number, 0, 0, dtype=self.dtype, device=self.device, requires_grad=lease.records_grad)

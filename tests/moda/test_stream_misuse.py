@@ -1,4 +1,4 @@
-"""Uses of the depth stream whose gradients would be wrong without a word: they are refused."""
+"""Uses of the depth stream that are refused: most would give wrong gradients without a word."""
 
 import pytest
 import torch
@@ -41,6 +41,13 @@ def test_what_write_has_returned_can_be_kept_and_read():
         _, handle = stream.attend(handle, 0, x, k.clone().mul_(2.0), v)
         *_, handle = stream.write(handle, 1, 0, k, v)  # another slot's, which is written: copied
         stream.attend(handle, 1, x, k, v)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is visible")
+def test_a_device_that_is_not_there_gets_one_sentence():
+    stream = moda.DepthStream(1, 1, 4, 2, 8, slots_per_layer=1, dtype=torch.float32, device="cuda")
+    with pytest.raises(ValueError, match=r"^device=cuda cannot be used: no CUDA device is visible, so use cpu\.$"):
+        stream.start()
 
 
 def test_layers_go_in_rising_order():
