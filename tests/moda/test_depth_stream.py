@@ -1,7 +1,6 @@
 """The depth stream against the plain definition in float64 (relative 1e-9): values, gradients, lifetimes, misuse."""
 
 import gc
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,39 +271,6 @@ def test_bf16_slots_lose_no_more_than_their_rounding():
     norm = torch.stack([w.norm() for w in want]).norm()
     error = torch.stack([(g.double() - w).norm() for g, w in zip(got, want, strict=True)]).norm() / norm
     assert error < 8e-3
-
-
-def test_a_backward_inside_a_backward_leaves_the_outer_one_exact():
-    """A hook that takes gradients through the same graph, as gradient-norm probes do."""
-    stack, x = Stack(), random_input()
-    inputs = []
-
-    def call(block, *args):
-        inputs.append(args[0])
-        return block(*args)
-
-    loss = loss_of(stack(x, call=call))
-    inner, entered = [], []
-
-    def probe(_):
-        if not entered:  # the probe's own backward comes by here too
-            entered.append(True)
-            inner.append(stack.gradients(loss, retain_graph=True))
-
-    inputs[3].register_hook(probe)
-    outer = stack.gradients(loss, retain_graph=True)
-    want = stack.gradients(loss_of(stack.definition(x)))
-    assert_equal_gradients(outer, want)
-    assert_equal_gradients(inner[0], want)
-
-
-def test_two_threads_go_through_one_retained_graph():
-    stack, x = Stack(), random_input(time=33)
-    loss = loss_of(stack(x))
-    want = stack.gradients(loss_of(stack.definition(x)))
-    with ThreadPoolExecutor(2) as pool:
-        for got in pool.map(lambda _: stack.gradients(loss, retain_graph=True), range(6)):
-            assert_equal_gradients(got, want)
 
 
 @pytest.mark.parametrize("how", ["grad", "early", "retained"])
