@@ -84,6 +84,7 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """o [batch, time, query_heads, head_dim], contiguous, and lse as the kernels give it."""
     q, k, v = (_aligned(x) for x in (q, k, v))
+    q, scale, _ = _positive(q, scale)
     return choose(q, k, cu_seqlens, "forward").forward(q, k, v, scale, _masks(q, cu_seqlens))
 
 
@@ -99,9 +100,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq (contiguous), dk, dv of the sequence's part, given the o and lse of a joint softmax that has it as a part."""
     q, k, v = (_aligned(x) for x in (q, k, v))
+    q, scale, sign = _positive(q, scale)
     kernel = choose(q, k, cu_seqlens, "backward")
     dq, dk, dv = kernel.backward(do.contiguous(), q, k, v, o, lse, scale, _masks(q, cu_seqlens))
-    return dq.contiguous(), dk, dv
+    return (dq if sign == 1 else dq * sign).contiguous(), dk, dv
+
+
+def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, int]:
+    """q times the sign of a scale, a positive scale, and the sign: the same scores by kernels that take the maximum
+    before they scale, and give no numbers for a scale of 0 or less."""
+    if scale > 0:
+        return q, scale, 1
+    sign = -1 if scale < 0 else 0
+    return q * sign, -scale or 1.0, sign
 
 
 @cache

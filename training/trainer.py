@@ -222,6 +222,7 @@ class Trainer:
             self.model.set_reshard_after_backward(freed)  # type: ignore[operator]
             batch = batch.to(self.world.device)
             loss = self.model(batch.inputs, batch.targets, batch.cu_seqlens)
+            self.garbage.after_forward()
             (sum(loss) * batch.weight).backward()
             total += torch.stack(loss).detach() * batch.weight
         grad_norm = gradient_norm(self.optimizer)

@@ -37,6 +37,29 @@ def test_outputs_and_gradients_equal_the_definition_within_rounding(shape, slots
     assert max(errors) < 2 * tolerance, errors
 
 
+@pytest.mark.parametrize("backend", ["joined", "fused", "auto"])
+@pytest.mark.parametrize("scale", [-0.3, -1e-3, 0.0])
+@pytest.mark.parametrize("slots", [0, 9])
+@pytest.mark.parametrize("shape", [(2, 65, 2), (1, 256, 8)])
+def test_a_scale_that_is_not_positive_is_as_exact(shape, slots, scale, backend):
+    batch, time, group = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+    token = (batch, time, 2, 64)
+    sizes = [(batch, time, 2 * group, 64), token, token, (slots, *token), (slots, *token)]
+    inputs = [
+        torch.randn(*s, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for s in sizes
+    ]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    do = torch.randn(sizes[0], device="cuda", dtype=torch.bfloat16, generator=generator)
+    expected, expected_lse = reference.definition(*wide, scale=scale)
+    want = [expected, *torch.autograd.grad(expected, wide, do.double())]
+    out, lse = moda.attention(*inputs, scale=scale, backend=backend, return_lse=True)
+    got = [out, *torch.autograd.grad(out, inputs, do)]
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-3, atol=1e-3)
+    for g, w in zip(got, want, strict=True):
+        assert (g.double() - w).norm() <= 1e-2 * w.norm(), (g.double() - w).norm() / w.norm()
+
+
 def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere():
     q = torch.zeros(1, 4, 2, 64, device="cuda", dtype=torch.bfloat16)
     assert joined.unusable(q, q, None) is None

@@ -7,7 +7,9 @@ import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
+from models.decoder import Decoder
 from tests.shards import tiny_config
 from training.garbage import STEPS, GarbageCollection
 from training.trainer import Trainer, train
@@ -43,6 +45,26 @@ def test_what_compilers_leave_is_collected_after_the_first_step_of_a_start(colle
         assert alive() is None
         collection.stop()
         collection.start()
+
+
+def test_what_compilers_leave_of_the_first_forward_is_collected_before_its_backward(shards, tmp_path, monkeypatch):
+    alive = []
+    forward, backward = Decoder.forward, torch.Tensor.backward
+
+    def leaves_a_cycle(self, *args):
+        alive.append(weakref.ref(Cycle()))
+        return forward(self, *args)
+
+    def begins(self, *args, **kwargs):
+        found.append(alive[-1]() is not None)
+        return backward(self, *args, **kwargs)
+
+    found: list[bool] = []
+    monkeypatch.setattr(Decoder, "forward", leaves_a_cycle)
+    monkeypatch.setattr(torch.Tensor, "backward", begins)
+    train(tiny_config(shards, tmp_path / "run"))
+    assert found[0] is False
+    assert all(found[1:])
 
 
 def test_automatic_collection_comes_back_after_a_run_that_fails(shards, tmp_path, monkeypatch):
