@@ -1,4 +1,4 @@
-"""Does a configuration fit a GPU: `python scripts/estimate_memory.py model=moda_700m [--gpus 8] [--device-gb 141]`.
+"""Does a configuration fit a GPU: `python scripts/estimate_memory.py model=moda_700m [--gpus 8] [--device-gb 150]`.
 
 In: overrides of train.py; no data and no GPU are needed. Out: parameters, operations and memory of a rank item by item,
 and for each kind of activation checkpointing the largest micro-batch that fits; of a sweep (`-m`), the memory of each
@@ -91,9 +91,9 @@ def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: f
 
 def _capacity(device_gb: float | None) -> float:
     if device_gb is None and not torch.cuda.is_available():
-        raise ConfigError("--device-gb is needed where no GPU is visible: give the memory of one, such as 141 (H200).")
+        raise ConfigError("--device-gb is needed where no GPU is visible: give the memory of one, such as 150 (H200).")
     if device_gb is not None and not 0 < device_gb * 1e9 < math.inf:
-        raise ConfigError(f"--device-gb {device_gb:g} cannot be used: give the memory of a GPU, such as 141 (H200).")
+        raise ConfigError(f"--device-gb {device_gb:g} cannot be used: give the memory of a GPU, such as 150 (H200).")
     return device_gb * 1e9 if device_gb else float(torch.cuda.get_device_properties(0).total_memory)
 
 
