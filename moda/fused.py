@@ -27,12 +27,8 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
     if q.dtype not in dtypes:
         where = " in Triton's interpreter (TRITON_INTERPRET)" if kernels.INTERPRETED else ""
         return f"it needs {', '.join(str(dtype) for dtype in dtypes)}{where}, not {q.dtype}"
-    if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
-        return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
-    from moda.kernels.depth import MAX_GROUP
-
-    if q.shape[2] > MAX_GROUP * k.shape[2]:
-        return f"it takes up to {MAX_GROUP} query heads a kv head, not {q.shape[2] // k.shape[2]}"
+    if reason := kernels.unfit(q, k):
+        return reason
     if cu_seqlens is not None and q.shape[1] != k.shape[1]:
         return "it has no document masks for queries that are fewer than the keys"
     return None

@@ -21,8 +21,8 @@ def unusable(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str | None:
         return "it needs a CUDA device"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it needs bf16 or fp16, not {q.dtype}"
-    if q.shape[3] % 16 or not 16 <= q.shape[3] <= 128:
-        return f"it needs a head_dim that is a multiple of 16 up to 128, not {q.shape[3]}"
+    if reason := kernels.unfit(q, k):
+        return reason
     if not kernels.available(q.device):
         return "Triton is not installed, or the device is older than Ampere"
     return sequence.unusable(q, k, cu_seqlens)

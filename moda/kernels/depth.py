@@ -23,9 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moda.kernels import depth_query, depth_slots
+from moda.kernels import MAX_GROUP, depth_query, depth_slots
 
-MAX_GROUP = 128  # the queries of a row are one tile in registers
 ALIGNMENT = 16  # bytes; what a reader's tensors start at a multiple of
 MAX_SLOT_BLOCK = 16  # slots that a program of the pull holds: rows of one tensor-core product
 

@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moda.kernels import fused_backward, fused_forward
-from moda.kernels.depth import MAX_GROUP, lse_dtype
+from moda.kernels import MAX_GROUP, fused_backward, fused_forward
+from moda.kernels.depth import lse_dtype
 
 # Pairs of sequence and kv head take turns in a kernel, as many at a time as fit the cache and at least so many that
 # there are PROGRAMS of them. A compromise for an H100, whose L2 holds 50 MB: 2**23 was faster for 8 rows

@@ -67,6 +67,27 @@ def test_auto_takes_it_where_it_is_exact_and_says_why_not_elsewhere():
     assert joined.unusable(q, q, torch.tensor([0, 4])) is None
     assert joined.unusable(q[:, :1], q, None) is None
     assert "head_dim" in str(joined.unusable(q[..., :24], q[..., :24], None))
+    assert joined.unusable(q.new_zeros(1, 4, 128, 64), q[:, :, :1], None) is None
+    assert "not 129" in str(joined.unusable(q.new_zeros(1, 4, 129, 64), q[:, :, :1], None))
+
+
+@pytest.mark.filterwarnings("ignore:moda.attention runs its slow reference")
+def test_more_query_heads_a_kv_head_than_kernels_hold_are_for_the_reference():
+    torch.manual_seed(0)
+    token = (2, 5, 1, 32)
+    sizes = [(2, 5, 129, 32), token, token, (3, *token), (3, *token)]
+    inputs = [torch.randn(*s, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in sizes]
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    with pytest.raises(ValueError, match="up to 128 query heads a kv head, not 129"):
+        moda.attention(*inputs, backend="joined")
+    assert moda.explain(*inputs).startswith("reference")
+    expected, _ = reference.definition(*wide)
+    out = moda.attention(*inputs)
+    do = torch.randn_like(out)
+    got = [out, *torch.autograd.grad(out, inputs, do)]
+    want = [expected, *torch.autograd.grad(expected, wide, do.double())]
+    errors = [combined_error([g], [w]) for g, w in zip(got, want, strict=True)]
+    assert max(errors) < 1e-2, errors
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moda
-from moda import backends, reference
+from moda import backends, joined, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -358,6 +358,16 @@ def test_a_gpu_without_a_fast_backend_is_told_so_once(monkeypatch, recwarn):
     (said,) = (str(warning.message) for warning in recwarn if "slow reference" in str(warning.message))
     assert "not joined: " in said
     assert "not fused: " in said
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "words"),
+    [(129, 16, "128 query heads a kv head, not 129"), (2, 24, "head_dim that is a multiple of 16 up to 128, not 24")],
+)
+def test_joined_refuses_heads_that_the_kernels_over_slots_cannot_take(monkeypatch, heads, head_dim, words):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    q = tensor(1, 4, heads, head_dim, dtype=torch.bfloat16)
+    assert words in str(joined.unusable(q, q[:, :, :1], None))
 
 
 def test_nothing_but_torch_is_needed():
