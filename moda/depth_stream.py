@@ -50,7 +50,8 @@ class DepthStream:
         first_layers: with `recent_layers`, the slots of this many first layers are read too.
 
     A stream serves any number of passes, one after the other or at the same time; each holds
-    2 * num_layers * slots_per_layer * batch * time * num_kv_heads * head_dim elements. A pass goes through the layers,
+    2 * num_layers * slots_per_layer * batch * time * num_kv_heads * head_dim elements. A copy of a stream, or what is
+    unpickled, has its arguments and none of its passes. A pass goes through the layers,
     counted from 0, in rising order, and every operation takes the handle that the one before it has returned:
 
         handle = stream.start()
@@ -107,8 +108,19 @@ class DepthStream:
         self.slot_shape = (batch, time, num_kv_heads, head_dim)
         self.dtype = dtype
         self.recent_layers, self.first_layers = recent_layers, first_layers
+        self._begin()
+
+    def _begin(self) -> None:
         self._leases: weakref.WeakValueDictionary[int, Lease] = weakref.WeakValueDictionary()
         self._without_grad: dict[int, Lease] = {}  # passes that no graph keeps alive
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copy, deepcopy and pickle: no passes, whose handles, storage and graph are those of this stream alone."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_leases", "_without_grad")}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._begin()
 
     @property
     def nbytes(self) -> int:

@@ -1,10 +1,14 @@
-"""Uses of the depth stream that are refused: most would give wrong gradients without a word."""
+"""Uses of the depth stream that are refused, most would give wrong gradients without a word; copies of a stream."""
+
+import copy
+import gc
+import pickle
 
 import pytest
 import torch
 
 import moda
-from tests.moda.stack import Stack, random_input
+from tests.moda.stack import Stack, assert_equal_gradients, random_input
 
 
 def stream_and_kv(num_layers=3, slots_per_layer=1):
@@ -72,3 +76,35 @@ def test_the_memory_of_a_slot_is_for_that_slot():
             stream.write(handle, 0, 0, *swapped)
     *_, handle = stream.write(handle, 0, 0, k, v)
     stream.write(handle, 0, 1, k1, v1)
+
+
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda stream: pickle.loads(pickle.dumps(stream))}
+
+
+@pytest.mark.parametrize("records_grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copy_of_a_stream_has_its_arguments_and_none_of_its_passes(how, records_grad):
+    stack, x = Stack(recent_layers=2, first_layers=1), random_input()
+    stream = stack.stream(x)
+    with torch.set_grad_enabled(records_grad):
+        held = []
+
+        def call(block, x, handle, stream, layer):
+            if layer == 3:
+                held.append(COPIES[how](stream))
+                assert held[0].nbytes == 0
+                with pytest.raises(RuntimeError, match="belongs to another stream"):
+                    held[0].finish(handle, x)
+            return block(x, handle, stream, layer)
+
+        out = stack(x, stream, call=call)
+        expected = stack.definition(x)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(stack(x, held[0]), expected)
+    public = [{name: value for name, value in vars(s).items() if name[0] != "_"} for s in (stream, held[0])]
+    assert public[0] == public[1]
+    held.clear()
+    gc.collect()  # a copy of a weak reference to storage would be freed twice
+    if records_grad:
+        got, want = (stack.gradients(result.square().sum()) for result in (out, expected))
+        assert_equal_gradients(got, want)
