@@ -282,24 +282,21 @@ def depth_backward_slots(
     dk: Tensor,
     dv: Tensor,
     scale: float,
-    add_dk: Tensor | None = None,
-    add_dv: Tensor | None = None,
     partial_dk: Tensor | None = None,
     partial_dv: Tensor | None = None,
     config: Sequence[int] | None = None,
 ) -> None:
-    """Write to dk, dv the gradients of some slots: the sum over the readers first..last-1, and over what is given.
+    """Write to dk, dv the gradients of some slots: the sum over the readers first..last-1, and partial sums if given.
 
     Readers: addresses int64 [readers, 2] of their q and do, contiguous [batch, time, query_heads, head_dim] in the
     dtype of k, alive, starting at multiples of 16 bytes; lse, delta [readers, batch, time, query_heads]. Slots: k, v,
     dk, dv [slots, batch, time, kv_heads, head_dim], those of one layer, or of several that have these readers in common
     (a blocked pull, whose fp32 sums are later given as partial ones). Each program holds up to 16 slots and reads the
-    readers once for all of them. dk, dv have the dtype of k, or fp32. `add_dk`, `add_dv` [batch, time,
-    kv_heads, head_dim] are added to slot 0 (what reaches it through the sequence), `partial_dk`, `partial_dv`, fp32 in
-    the shape of k, to all. Neither may share memory with dk, dv.
+    readers once for all of them. dk, dv have the dtype of k, or fp32. `partial_dk`, `partial_dv`, fp32 in the shape of
+    k, may not share memory with dk, dv.
     """
     slots, batch, time, kv_heads, head_dim = k.shape
-    readers, query_heads, half_or_full = lse.shape[0], lse.shape[-1], (k.dtype, torch.float32)
+    readers, query_heads = lse.shape[0], lse.shape[-1]
     rows, group = _check_rows(batch * time * kv_heads, query_heads, kv_heads, head_dim, k.dtype)
     _check_addresses(addresses, k.device)
     assert addresses.shape[0] == readers
@@ -307,13 +304,11 @@ def depth_backward_slots(
     _check_stacked([delta], (readers, batch, time, query_heads), (torch.float32,), k.device)
     _check_stacked([lse], delta.shape, (torch.float32, lse_dtype(k.dtype)), k.device)
     assert lse.stride(0) == delta.stride(0) or readers < 2
-    _check_stacked([dk, dv], k.shape, half_or_full, k.device)
+    _check_stacked([dk, dv], k.shape, (k.dtype, torch.float32), k.device)
     _check_stacked(_given(partial_dk, partial_dv), k.shape, (torch.float32,), k.device)
-    _check_tokens(_given(add_dk, add_dv), k.shape[1:], half_or_full, k.device)
     assert 0 <= first <= last <= readers
     assert slots > 0
     assert dk.dtype == dv.dtype
-    assert (add_dk is None) == (add_dv is None)
     assert (partial_dk is None) == (partial_dv is None)
     launch = _launch(config, "slots" if slots <= 2 else "block", head_dim, group, k.dtype)
     assert launch.rows == 1
@@ -331,8 +326,6 @@ def depth_backward_slots(
             v,
             dk,
             dv,
-            dk if add_dk is None else add_dk,
-            dv if add_dv is None else add_dv,
             dk if partial_dk is None else partial_dk,
             dv if partial_dv is None else partial_dv,
             first,
@@ -350,7 +343,6 @@ def depth_backward_slots(
             SLOTS=block,
             BLOCK=launch.block,
             STAGES=launch.stages,
-            ADD=add_dk is not None,
             PARTIAL=partial_dk is not None,
             num_warps=launch.warps,
         )

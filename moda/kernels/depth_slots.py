@@ -21,15 +21,13 @@ def tensor_at(address, like):
 
 
 @triton.jit
-def begin_sum(zeros, partial, at_partial, in_slots, add, at_add, in_add, PARTIAL: tl.constexpr, ADD: tl.constexpr):
-    """What a sum over readers begins with: a partial sum of every slot, what the sequence has left for slot 0.
+def begin_sum(zeros, partial, at_partial, in_slots, PARTIAL: tl.constexpr):
+    """What a sum over readers begins with: a partial sum of every slot, if there is one.
 
     Loaded before the readers, not after: the latencies of both overlap.
     """
     if PARTIAL:
         zeros += tl.load(partial + at_partial, mask=in_slots, other=0.0)
-    if ADD:
-        zeros += tl.load(add + at_add, mask=in_add, other=0.0).to(tl.float32)
     return zeros
 
 
@@ -42,8 +40,6 @@ def slots_vector(
     v,
     dk,  # [slots, rows, D], out
     dv,
-    add_dk,  # [rows, D], if ADD
-    add_dv,
     partial_dk,  # [slots, rows, D] in fp32, if PARTIAL
     partial_dv,
     first,
@@ -61,7 +57,6 @@ def slots_vector(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    ADD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
     FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
@@ -72,19 +67,18 @@ def slots_vector(
     in_lse = pid * BLOCK + i < rows
     in_q = in_lse[:, None] & (d < D)[None, :]
     in_slots = (j < slots)[:, None, None] & in_q[None, :, :]
-    in_add = (j == 0)[:, None, None] & in_q[None, :, :]
     slot = j.to(tl.int64)[:, None, None]
-    at_add = start * D + (i[:, None] * D + d[None, :])[None, :, :]
-    at_gradient = slot * gradient_stride + at_add
-    at_partial = slot * partial_stride + at_add
+    at_slot = start * D + (i[:, None] * D + d[None, :])[None, :, :]
+    at_gradient = slot * gradient_stride + at_slot
+    at_partial = slot * partial_stride + at_slot
     at_q = start * G * D + i[:, None] * (G * D) + d[None, :]
     at_lse = i * G
-    keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
-    values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0).to(tl.float32)
+    keys = tl.load(k + slot * slot_stride + at_slot, mask=in_slots, other=0.0).to(tl.float32)
+    values = tl.load(v + slot * slot_stride + at_slot, mask=in_slots, other=0.0).to(tl.float32)
     dk_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
-    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
+    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, PARTIAL)
     dv_sum = tl.zeros([SLOTS, BLOCK, DP], tl.float32)
-    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
+    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, PARTIAL)
 
     reader = first.to(tl.int64)
     addresses += reader * 2
@@ -120,8 +114,6 @@ def slots_tensor(
     v,
     dk,
     dv,
-    add_dk,
-    add_dv,
     partial_dk,
     partial_dv,
     first,
@@ -139,7 +131,6 @@ def slots_tensor(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
-    ADD: tl.constexpr,
     PARTIAL: tl.constexpr,
 ):
     FULL: tl.constexpr = lse.dtype.element_ty == tl.float64
@@ -147,17 +138,16 @@ def slots_tensor(
     i, d = tl.arange(0, BLOCK), tl.arange(0, DP)
     j = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     in_slots = (j < slots)[:, None] & (d < D)[None, :]
-    in_add = (j == 0)[:, None] & (d < D)[None, :]
     slot = j.to(tl.int64)[:, None]
-    at_add = row * D + d[None, :]
-    at_gradient = slot * gradient_stride + at_add
-    at_partial = slot * partial_stride + at_add
-    keys = tl.load(k + slot * slot_stride + at_add, mask=in_slots, other=0.0)
-    values = tl.load(v + slot * slot_stride + at_add, mask=in_slots, other=0.0)
+    at_slot = row * D + d[None, :]
+    at_gradient = slot * gradient_stride + at_slot
+    at_partial = slot * partial_stride + at_slot
+    keys = tl.load(k + slot * slot_stride + at_slot, mask=in_slots, other=0.0)
+    values = tl.load(v + slot * slot_stride + at_slot, mask=in_slots, other=0.0)
     dk_sum = tl.zeros([SLOTS, DP], tl.float32)
-    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, add_dk, at_add, in_add, PARTIAL, ADD)
+    dk_sum = begin_sum(dk_sum, partial_dk, at_partial, in_slots, PARTIAL)
     dv_sum = tl.zeros([SLOTS, DP], tl.float32)
-    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, add_dv, at_add, in_add, PARTIAL, ADD)
+    dv_sum = begin_sum(dv_sum, partial_dv, at_partial, in_slots, PARTIAL)
 
     lse += row * G
     delta += row * G

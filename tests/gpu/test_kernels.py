@@ -35,7 +35,7 @@ def test_every_kernel_equals_the_reference(shape, dtype):
     case.check("dq", *backward_query(case), TOLERANCE[dtype])
     case.check("dq delta dk dv", *backward_query(case, everything=True), TOLERANCE[dtype])
     case.check("dk dv", *backward_slots(case, 1, 5), TOLERANCE[dtype])
-    case.check("dk dv", *backward_slots(case, 0, 5, given=True), TOLERANCE[dtype])
+    case.check("dk dv", *backward_slots(case, 0, 5, blocked=True), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -44,7 +44,7 @@ def test_both_ways_of_a_kernel_serve_every_shape(shape, config):
     case = Case(shape, torch.bfloat16, "cuda", readers=3)
     case.check("o lse", *forward(case, CONFIGS[config]), 5e-3)
     case.check("dq delta dk dv", *backward_query(case, CONFIGS[config], everything=True), 5e-3)
-    case.check("dk dv", *backward_slots(case, 0, 3, CONFIGS[config], given=True), 5e-3)
+    case.check("dk dv", *backward_slots(case, 0, 3, CONFIGS[config], blocked=True), 5e-3)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -68,7 +68,7 @@ def test_extreme_logits(extreme, group):
 def test_same_bits_from_the_same_inputs(group):
     def run():
         case = Case((2, 333, 2, group, 64, 72), torch.bfloat16, "cuda", readers=7)
-        results = [forward(case), backward_query(case, everything=True), backward_slots(case, 0, 7, given=True)]
+        results = [forward(case), backward_query(case, everything=True), backward_slots(case, 0, 7, blocked=True)]
         return [t for got, _ in results for t in got]
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))

@@ -146,9 +146,9 @@ def backward_query(case, config=None, everything=False):
     return (dq, delta, dk, dv), (want_dq, case.delta[0], want_dk, want_dv)
 
 
-def backward_slots(case, first, last, config=None, given=False):
-    """Runs the pull over the readers first..last-1: plain, or as the end of a blocked pull (fp32 partials, and what
-    the sequence has given to slot 0)."""
+def backward_slots(case, first, last, config=None, blocked=False):
+    """Runs the pull over the readers first..last-1: plain, or in the two passes of a blocked pull (the first
+    leaves fp32 partials)."""
     k, v = case.slots()
     left = [(case.put(q), case.put(do)) for q, do in zip(case.q, case.do, strict=True)]
     addresses = torch.tensor([[q.data_ptr(), do.data_ptr()] for q, do in left], device=k.device)
@@ -160,16 +160,13 @@ def backward_slots(case, first, last, config=None, given=False):
         read_dk, read_dv = reference.depth_backward_slots(*arguments)
         want_dk, want_dv = want_dk + read_dk, want_dv + read_dv
     options = {}
-    if given:
+    if blocked:
         partial_dk, partial_dv = case.unwritten_slots(torch.float32)
         middle = (first + last) // 2
         later = (addresses, lse, delta, middle, last, k, v)
         depth.depth_backward_slots(*later, partial_dk, partial_dv, case.scale, config=config)
-        add_dk, add_dv = case.put(case.values[0]), case.put(case.keys[0])
-        options = {"add_dk": add_dk, "add_dv": add_dv, "partial_dk": partial_dk, "partial_dv": partial_dv}
+        options = {"partial_dk": partial_dk, "partial_dv": partial_dv}
         readers = (addresses, lse, delta, first, middle, k, v)
-        want_dk[0] += add_dk.double()
-        want_dv[0] += add_dv.double()
     dk, dv = case.unwritten_slots()
     depth.depth_backward_slots(*readers, dk, dv, case.scale, config=config, **options)
     return (dk, dv), (want_dk, want_dv)

@@ -91,9 +91,9 @@ else:
 
     @pytest.mark.parametrize("config", CONFIGS)
     @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
-    def test_slots_pulled_in_two_passes_with_the_sequence_added(shape, config):
+    def test_slots_pulled_in_two_passes(shape, config):
         case = Case(shape, torch.float32, readers=4)
-        case.check("dk dv", *backward_slots(case, 0, 4, CONFIGS[config], given=True), TOLERANCE)
+        case.check("dk dv", *backward_slots(case, 0, 4, CONFIGS[config], blocked=True), TOLERANCE)
 
     @pytest.mark.parametrize("config", ["vector", "tensor"])
     @pytest.mark.parametrize("extreme", EXTREMES, ids=str)
@@ -114,7 +114,7 @@ else:
             results = [
                 forward(case, CONFIGS.get(config)),
                 backward_query(case, QUERY_CONFIGS[config], everything=True),
-                backward_slots(case, 0, 3, CONFIGS.get(config), given=True),
+                backward_slots(case, 0, 3, CONFIGS.get(config), blocked=True),
             ]
             return [t for got, _ in results for t in got]
 
