@@ -17,6 +17,8 @@ from moda import operators
 from moda.backends import choose_backend, reasons_against
 from moda.first_order import refuse_tangents
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of all but cu_seqlens
+DTYPE_NAMES = "torch.bfloat16, torch.float16, torch.float32 or torch.float64"
 _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
@@ -65,7 +67,7 @@ def attention(
     """Causal grouped-query attention where a token also reads its own depth slots, in one softmax (paper, section 3).
 
     Args:
-        q: queries [batch, time, query_heads, head_dim].
+        q: queries [batch, time, query_heads, head_dim]; bf16, fp16, fp32 or fp64, and all others with it.
         k, v: keys and values [batch, time, kv_heads, head_dim]; query head h reads kv head
             h // (query_heads / kv_heads). Their time may be longer than that of q: the queries are then those of the
             last tokens (decoding with a cache).
@@ -140,8 +142,11 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
         )
     if q.numel() == 0 or k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"The query heads must be a positive multiple of the kv heads, no axis empty, got {shapes}.")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}; {shapes}.")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:  # narrower ones have scales, which nobody gives here
+        raise ValueError(
+            f"q, k and v must have one dtype, {DTYPE_NAMES}, got {q.dtype}, {k.dtype}, {v.dtype}; {shapes}: convert "
+            "them with to()."
+        )
     if not q.device == k.device == v.device:
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}; {shapes}.")
     if cu_seqlens is not None and (

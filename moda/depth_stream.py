@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from moda import reference
-from moda.attention import check_backend, check_sequence, check_tensors, scale_of
+from moda.attention import DTYPE_NAMES, DTYPES, check_backend, check_sequence, check_tensors, scale_of
 from moda.backends import choose_backend
 from moda.first_order import first_order
 from moda.lease import Lease, in_backward, lease_numbers, leases, newest_handle, next_handle, without_view
@@ -44,8 +44,8 @@ class DepthStream:
         num_layers: layers of the stack.
         batch, time: shape of the tokens of a pass.
         num_kv_heads, head_dim: shape of a key or value of one token.
-        slots_per_layer: slots each layer may write: 1 (attention), or 2 (attention and FFN).
-        dtype, device: of the slots; what is written must have them.
+        slots_per_layer: slots each layer may write, any number; the paper's are 1 (attention) or 2 (attention and FFN).
+        dtype, device: of the slots, bf16, fp16, fp32 or fp64; what is written must have them.
         recent_layers: read only the slots of this many layers back (None: all earlier layers).
         first_layers: with `recent_layers`, the slots of this many first layers are read too.
 
@@ -89,8 +89,8 @@ class DepthStream:
             "head_dim": head_dim,
             "slots_per_layer": slots_per_layer,
         }
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype={dtype!r} cannot hold keys and values: use a floating dtype.")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} cannot hold keys and values: use {DTYPE_NAMES}.")
         for name, size in sizes.items():
             if not _is_integer(size) or size < 1:
                 raise ValueError(f"{name}={size} cannot make a depth stream: use a positive integer.")

@@ -172,7 +172,11 @@ def tensor(*shape, dtype=torch.float32):
         (
             (tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8, dtype=torch.float64)] * 2),
             {},
-            r"one floating dtype.*q \(1, 4, 2, 8\)",
+            r"one dtype, .*float32, torch.float64, torch.float64; q \(1, 4, 2, 8\).*: convert them with to\(\)",
+        ),
+        *(
+            ([torch.zeros(1, 4, 2, 8, dtype=dtype)] * 3, {}, rf"one dtype, torch.bfloat16, .*got {dtype}, .*: convert")
+            for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int32)
         ),
         ((tensor(1, 4, 2, 8), *[tensor(1, 4, 2, 8).to("meta")] * 2), {}, r"one device.*q \(1, 4, 2, 8\)"),
         ((*[tensor(1, 4, 2, 8)] * 3, tensor(2, 1, 4, 2, 8)), {}, "together"),

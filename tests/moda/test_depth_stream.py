@@ -35,7 +35,7 @@ def test_gradients_pulled_in_blocks_of_layers_equal_the_definition(slots_per_lay
 
 
 @pytest.mark.parametrize("num_layers", [8, 13])
-@pytest.mark.parametrize("slots_per_layer", [1, 2])
+@pytest.mark.parametrize("slots_per_layer", [1, 2, 3])
 @pytest.mark.parametrize("how", ["leaves", "hooks"])
 def test_gradients_that_are_kept_are_not_overwritten_by_later_blocks(how, slots_per_layer, num_layers):
     assert num_layers >= 2 * BLOCK_LAYERS
@@ -436,6 +436,7 @@ def test_arguments_that_name_nothing_get_one_sentence(call, error, words):
         ({"recent_layers": 0}, "recent_layers=0"),
         ({"first_layers": -1}, "first_layers=-1"),
         ({"dtype": torch.int32}, r"dtype=torch\.int32"),
+        ({"dtype": torch.float8_e4m3fn}, r"dtype=torch\.float8_e4m3fn .*: use torch\.bfloat16, .* torch\.float64\.$"),
         ({"dtype": None}, "dtype=None"),
         ({"device": "gpu"}, "device='gpu'"),
         ({"device": None}, "device=None"),
