@@ -182,7 +182,7 @@ class DepthStream:
 
     @torch.compiler.disable
     def write(self, handle: Tensor, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write k, v [batch, time, kv_heads, head_dim] to a slot of `layer` (0: attention, 1: FFN).
+        """Write k, v [batch, time, kv_heads, head_dim] to a slot of `layer` (in the paper 0: attention, 1: FFN).
 
         Returns k and v as they stand in the slot, for sequence attention to read (never to be changed in place; their
         values last until a backward pass has gone by that does not retain the graph), and the next handle. Their
@@ -199,11 +199,14 @@ class DepthStream:
         if index in lease.written and not in_backward():
             raise RuntimeError(f"Slot {slot} of layer {layer} is written already in this pass: a slot is written once.")
         if k.shape != self.slot_shape or v.shape != self.slot_shape:
-            raise ValueError(f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}.")
+            raise ValueError(
+                f"k {tuple(k.shape)} and v {tuple(v.shape)} must have the slot's shape {self.slot_shape}: reshape "
+                "them, or make a stream of their batch, time, num_kv_heads and head_dim."
+            )
         if not k.dtype == v.dtype == self.dtype or not k.device == v.device == lease.storage()[0].device:
             raise ValueError(
                 f"k ({tuple(k.shape)}, {k.dtype}, {k.device}) and v ({tuple(v.shape)}, {v.dtype}, {v.device}) must be "
-                f"{self.dtype} on {self.device}."
+                f"{self.dtype} on {self.device}: convert them with to(), or make a stream of their dtype and device."
             )
         if not in_backward() and (taken := lease.memory_of_another(index, k, v)) is not None:
             raise ValueError(

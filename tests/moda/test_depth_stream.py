@@ -377,8 +377,8 @@ def test_reading_a_slot_that_nothing_has_written_is_refused():
     [
         (3, 0, SLOT, SLOT, "layer=3"),
         (0, 2, SLOT, SLOT, "slot=2"),
-        (0, 0, SLOT[:, :3], SLOT[:, :3], r"\(1, 3, 2, 8\)"),
-        (0, 0, SLOT.double(), SLOT, "float64"),
+        (0, 0, SLOT[:, :3], SLOT[:, :3], r"\(1, 3, 2, 8\) must have .*: reshape them, or make a stream of their batch"),
+        (0, 0, SLOT.double(), SLOT, r"float64.* must be torch\.float32 on cpu: convert them with to\(\), or make"),
     ],
 )
 def test_writes_that_do_not_fit_get_one_sentence(layer, slot, k, v, words):
