@@ -149,6 +149,9 @@ class DepthStream:
     def start(self) -> Tensor:
         """Open a pass: take storage, and return its first handle (zero elements; blocks take and return it).
 
+        Open it outside of any checkpoint that has checkpointed blocks inside: recomputed, `start` opens a new pass of
+        another number, which the handles of these blocks do not fit.
+
         Raises ValueError where no CUDA device is visible and the stream is to lie on one.
         """
         for lost in [n for n, lease in self._without_grad.copy().items() if lease.newest and lease.newest.expired()]:

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import moda
 from tests.moda.stack import Stack, assert_equal_gradients, random_input
@@ -76,6 +77,18 @@ def test_the_memory_of_a_slot_is_for_that_slot():
             stream.write(handle, 0, 0, *swapped)
     *_, handle = stream.write(handle, 0, 0, k, v)
     stream.write(handle, 0, 1, k1, v1)
+
+
+def test_a_pass_opened_in_a_checkpoint_of_checkpointed_blocks_is_not_recomputed():
+    stack, x = Stack(num_layers=3), random_input()
+    stream = stack.stream(x)
+
+    def call(block, *arguments):
+        return checkpoint(block, *arguments, use_reentrant=False)
+
+    out = checkpoint(lambda x: stack(x, stream, call=call), x, use_reentrant=False)
+    with pytest.raises(CheckpointError, match=r"Recomputed values .* have different metadata"):
+        out.sum().backward()
 
 
 COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda stream: pickle.loads(pickle.dumps(stream))}
