@@ -3,7 +3,8 @@
 
 In: overrides of train.py for both runs, and what tells them apart (`--a`, `--b`, `--gpus-a`, `--gpus-b`). Out: loss and
 gradient norm of both at every step that both record, from one seed and on the same batches, and the largest
-difference. Exit status 1 when it is above `--tolerance`, 2 when there is nothing to compare.
+difference. Exit status 1 when it is above `--tolerance`, 2 when there is nothing to compare. A step is one
+micro-batch on each GPU, where training.global_batch_size is not given.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models.config import ConfigError
 from scripts.console import run
-from scripts.training_benchmark.process import StepsFailed, run_steps, train_arguments
+from scripts.training_benchmark.process import (
+    TIMEOUT,
+    StepsFailed,
+    StepsTimeout,
+    check_device,
+    run_steps,
+    train_arguments,
+)
 from training.compose import plan
 from training.config import Config
 from training.metrics import Record, read_metrics
@@ -38,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-b", type=int, default=1, help="ranks of the second run")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tolerance", type=float, default=0.01, help="largest difference of the loss, nats")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that a run may take")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
         print("error: --steps, --gpus-a and --gpus-b must be positive: use for example --steps 50.", file=sys.stderr)
@@ -45,19 +54,32 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.tolerance >= 0:
         print(f"error: --tolerance {options.tolerance:g} cannot be used: use 0 or more, in nats.", file=sys.stderr)
         return 2
+    if not 0 < options.timeout < math.inf:
+        print(
+            f"error: --timeout {options.timeout:g} cannot be used: use a number of seconds, as 1800.", file=sys.stderr
+        )
+        return 2
     sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
     both = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides]
     runs = []
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         try:
-            for name, own, gpus in sides:  # both before the first takes its time
-                check(plan(train_arguments([*both, *own], Path(folder) / name)).jobs[0].config, gpus, options.steps)
-        except (ConfigError, StepsFailed) as error:
+            # First, so that what is given wins. The configurations' own batches are those of long runs.
+            size = batch_size([(configured(both, own), gpus) for _, own, gpus in sides])
+            both.insert(0, f"training.global_batch_size={size}")
+            for _, own, gpus in sides:  # both before the first takes its time
+                check(configured(both, own), gpus, options.steps)
+        except (ConfigError, StepsFailed, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         for name, own, gpus in sides:
             try:  # one step more than is compared: a run is left at the end of a step, before it is logged
-                run_steps([*both, *own], gpus=gpus, steps=options.steps + 1, folder=Path(folder) / name)
+                place, steps = Path(folder) / name, options.steps + 1
+                run_steps([*both, *own], gpus=gpus, steps=steps, folder=place, timeout=options.timeout)
+            except StepsTimeout as late:
+                remedy = f"give it more than --timeout {options.timeout:g}, or fewer --steps than {options.steps}"
+                print(f"error: run {name} failed: {late}: {remedy}.", file=sys.stderr)
+                return 2
             except StepsFailed as failed:
                 said = "" if str(failed).startswith("error:") else f"{failed.output}\n"  # all that there was to say
                 why = str(failed).removeprefix("error: ")
@@ -77,9 +99,23 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if alike else 1
 
 
+def configured(both: list[str], own: list[str]) -> Config:
+    """The configuration of a run. Raises ConfigError, and StepsFailed for another run directory."""
+    return plan(train_arguments([*both, *own], Path("run"))).jobs[0].config
+
+
+def batch_size(sides: list[tuple[Config, int]]) -> int:
+    """The smallest global batch that both configurations can use on their numbers of GPUs."""
+    return math.lcm(*(max(1, config.training.micro_batch_size) * gpus for config, gpus in sides))
+
+
 def check(config: Config, gpus: int, steps: int) -> None:
-    """Raise ConfigError for a configuration that cannot run, or that ends before `steps` steps have their records."""
+    """Raise ConfigError for a configuration that cannot run, or that ends before `steps` steps have their records.
+
+    Raises ValueError where it would run on a CPU without having asked for that.
+    """
     config.validate(gpus)
+    check_device([f"training.device={config.training.device}"], option="")
     key = "steps" if config.training.stop_at is None else "stop_at"
     last = getattr(config.training, key)
     if last <= steps:

@@ -33,13 +33,16 @@ QUIET = [
 LAUNCHER = "torch.distributed.elastic"  # torchrun's own words on a rank that failed say nothing of why
 
 
-def check_device(overrides: Sequence[str]) -> None:
-    """Raise ValueError where no GPU is visible and the overrides do not ask for a CPU: steps would take hours."""
+def check_device(overrides: Sequence[str], option: str = "--set ") -> None:
+    """Raise ValueError where no GPU is visible and the overrides do not ask for a CPU: steps would take hours.
+
+    `option`: what the command wants before an override.
+    """
     import torch  # here, as earlier results are shown without it
 
     on_cpu = "training.device=cpu"
     if not torch.cuda.is_available() and on_cpu not in overrides:
-        raise ValueError(f"A GPU is needed and none is visible: --set {on_cpu} takes a CPU, for small models.")
+        raise ValueError(f"A GPU is needed and none is visible: {option}{on_cpu} takes a CPU, for small models.")
 
 
 class StepsFailed(RuntimeError):
@@ -50,10 +53,23 @@ class StepsFailed(RuntimeError):
         self.output = output
 
 
+class StepsTimeout(StepsFailed):
+    """The processes took too long, and were ended."""
+
+
 def run_steps(
-    overrides: Sequence[str], *, gpus: int, steps: int, folder: Path, environment: dict[str, str] | None = None
+    overrides: Sequence[str],
+    *,
+    gpus: int,
+    steps: int,
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
-    """Do `steps` steps in the new folder `folder` and return the results of `measure`. Raises StepsFailed."""
+    """Do `steps` steps in the new folder `folder` and return the results of `measure`.
+
+    Raises StepsFailed, and StepsTimeout after `timeout` seconds.
+    """
     whole = train_arguments(overrides, folder)
     folder.mkdir(parents=True)
     result = folder / "result.json"
@@ -65,9 +81,9 @@ def run_steps(
     )
     with process, killed_on_error(process):
         try:
-            printed, errors = process.communicate(timeout=TIMEOUT)
+            printed, errors = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            raise StepsFailed(f"not done within {TIMEOUT} s", "") from None
+            raise StepsTimeout(f"not done within {timeout:g} s", "") from None
     if process.returncode or not result.is_file():
         raise StepsFailed(reason(errors, process.returncode), printed + errors)
     return json.loads(result.read_text(encoding="utf-8"))

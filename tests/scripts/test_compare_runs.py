@@ -7,6 +7,8 @@ import pytest
 
 from scripts import compare_runs
 from scripts.compare_runs import common, largest, main, table
+from scripts.training_benchmark.process import QUIET, StepsFailed
+from training.compose import plan
 
 TINY = ["num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "head_dim=8", "intermediate_size=48"]
 BOTH = ["model=moda_tiny", *(f"model.{field}" for field in TINY), "data.sequence_length=16"]
@@ -59,7 +61,7 @@ def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow
 ):
     given = []
 
-    def run_steps(overrides, *, gpus, steps, folder):
+    def run_steps(overrides, *, gpus, steps, folder, timeout):
         given.append(overrides)
         (folder / "run").mkdir(parents=True)
         lines = [json.dumps(record) + "\n" for record in records(3.0, every=1 if folder.name == "a" else 2)]
@@ -71,10 +73,54 @@ def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow
     assert capsys.readouterr().err == (
         "error: no step has a record in both runs: leave logging.every=1, or use more --steps.\n"
     )
-    assert [overrides[2:] for overrides in given] == [
+    assert [overrides[3:] for overrides in given] == [
         ["model=moda_tiny", "training.device=cpu"],
         ["model=moda_tiny", "training.device=cpu", "logging.every=2"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ([], 16),
+        (["training.micro_batch_size=3"], 6),
+        (["training.global_batch_size=32"], 32),
+        (["--a", "training.global_batch_size=32", "--b", "training.global_batch_size=32"], 32),
+    ],
+)
+def test_a_step_is_one_micro_batch_on_each_gpu_unless_it_is_given(shards, monkeypatch, given, size):
+    seen = []
+
+    def run_steps(overrides, *, gpus, steps, folder, timeout):
+        training = plan([*QUIET, *overrides]).jobs[0].config.training
+        seen.append((training.global_batch_size, gpus, timeout))
+        raise StepsFailed("seen", "") if gpus == 2 else StopIteration
+
+    monkeypatch.setattr(compare_runs, "run_steps", run_steps)
+    arguments = ["--data", str(shards), "model=moda_700m", "training.device=cpu", "--timeout", "7"]
+    assert main([*arguments, "--gpus-a", "2", *given]) == 2
+    with pytest.raises(StopIteration):
+        main([*arguments, "--gpus-b", "2", *given])
+    assert seen == [(size, 2, 7), (size, 1, 7)]
+
+
+def test_a_run_that_takes_too_long_says_which_option_gives_it_more(shards, capsys):
+    assert main(["--data", str(shards), "--timeout", "0.01", "--steps", "3", *BOTH]) == 2
+    assert capsys.readouterr().err == (
+        "error: run a failed: not done within 0.01 s: give it more than --timeout 0.01, or fewer --steps than 3.\n"
+    )
+    for timeout in ("0", "nan", "inf"):
+        assert main(["--data", str(shards), "--timeout", timeout, *BOTH]) == 2
+        assert f"error: --timeout {timeout} cannot be used" in capsys.readouterr().err
+
+
+def test_without_a_gpu_a_model_is_refused_unless_the_cpu_is_asked_for(shards, monkeypatch, capsys):
+    monkeypatch.setattr(compare_runs, "run_steps", lambda *_, **__: pytest.fail("a run has begun"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["--data", str(shards), "--b", "parallel.compile=false", "model=moda_700m"]) == 2
+    assert capsys.readouterr().err == (
+        "error: A GPU is needed and none is visible: training.device=cpu takes a CPU, for small models.\n"
+    )
 
 
 @pytest.mark.parametrize(
