@@ -9,16 +9,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def submitted(folder, status, restarts=0, arguments=("run.name=first",)):
+def submitted(folder, status, restarts=0, arguments=("run.name=first",), **more):
     """The job's exit status, and whether it went back into the queue, when srun gives `status`."""
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "srun").write_text(f'#!/bin/sh\necho "$@" > {folder}/started\nexit {status}\n')
+    (tools / "srun").write_text(
+        f'#!/bin/sh\necho "$@" > {folder}/started\necho "$SRUN_CPUS_PER_TASK" > {folder}/cpus\nexit {status}\n'
+    )
     (tools / "scontrol").write_text(f'#!/bin/sh\n[ "$1" = show ] && echo host && exit\necho "$@" > {folder}/asked\n')
     for tool in tools.iterdir():
         tool.chmod(0o755)
     variables = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "host", "SLURM_JOB_NUM_NODES": "2"}
-    variables["SLURM_RESTART_COUNT"] = str(restarts)
+    variables |= {"SLURM_RESTART_COUNT": str(restarts)} | more
     done = subprocess.run(
         ["bash", "scripts/slurm/train.sbatch", *arguments],
         cwd=ROOT,
@@ -50,6 +52,13 @@ def test_each_node_holds_a_copy_of_the_model_unless_told_otherwise(tmp_path):
     (tmp_path / "again").mkdir()
     submitted(tmp_path / "again", 0, arguments=("run.name=first", "parallel.replicate=1"))
     assert (tmp_path / "again" / "started").read_text().endswith("run.name=first parallel.replicate=1\n")
+
+
+@pytest.mark.parametrize(("given", "cores"), [({"SLURM_CPUS_PER_TASK": "12"}, "12"), ({}, "8")])
+def test_each_rank_gets_the_cores_that_the_job_asked_for(tmp_path, monkeypatch, given, cores):
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    submitted(tmp_path, 0, **given)
+    assert (tmp_path / "cpus").read_text() == f"{cores}\n"
 
 
 def test_outside_slurm_is_one_sentence():
