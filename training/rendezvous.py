@@ -34,6 +34,7 @@ HEARING = 5.0  # seconds that a rank which cannot start gives the others to hear
 INTERVAL = 1.0  # seconds between two words
 HASTE = 0.2  # the same while something is about to be decided
 RETRY = 10.0  # seconds that one attempt to reach the store may take
+NAMED = 8  # ranks that a sentence names at most
 STORE = timedelta(minutes=10)  # for what ranks wait for in the store later
 LOST = 75  # exit status: the same command may succeed
 NETWORK = (
@@ -254,10 +255,7 @@ class Presence:
         now = time.monotonic()
         silent = [rank for rank, (_, since) in self._unheard.copy().items() if now - since > ARRIVAL]
         if silent:
-            sentence = (
-                f"of {self._size} ranks, {', '.join(map(str, silent[:8]))} did not come and were not heard for "
-                f"{ARRIVAL:.0f} s: look into the log of their hosts."
-            )
+            sentence = absent(silent, self._size)
             self._end_all(sentence, LOST)
             raise LostRankError(sentence)
 
@@ -268,6 +266,16 @@ class Presence:
     def _close(self) -> None:
         self._closed.set()
         self._thread.join(timeout=2 * INTERVAL)
+
+
+def absent(ranks: list[int], size: int) -> str:
+    """A sentence on those `ranks` of `size` that did not come; of many it names the first eight."""
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    named = ", ".join(map(str, ranks[:NAMED])) + more
+    word, were, their = ("rank", "was", "its host") if len(ranks) == 1 else ("ranks", "were", "their hosts")
+    return (
+        f"{word} {named} of {size} did not come and {were} not heard for {ARRIVAL:.0f} s: look into the log of {their}."
+    )
 
 
 @cache

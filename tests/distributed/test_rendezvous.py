@@ -88,11 +88,18 @@ def test_a_rank_that_is_silent_is_named_to_all_and_one_that_is_heard_is_waited_f
     monkeypatch.setattr(rendezvous, "ARRIVAL", 3.0)
     monkeypatch.setattr(rendezvous, "HEARING", 0.5)
     first, _heard = ranks(0, 3), ranks(1, 3)
-    with pytest.raises(LostRankError, match="of 3 ranks, 2 did not come and were not heard for 3 s"):
+    with pytest.raises(LostRankError, match=r"^rank 2 of 3 did not come and was not heard for 3 s"):
         first.meet(0, never)
     late = ranks(2, 3)
-    with pytest.raises(LostRankError, match="of 3 ranks, 2 did not come"):
+    with pytest.raises(LostRankError, match=r"^rank 2 of 3 did not come"):
         late.meet(0, never)
+
+
+def test_several_absent_ranks_are_named_and_of_many_the_first():
+    assert rendezvous.absent([1, 3], 4) == (
+        "ranks 1, 3 of 4 did not come and were not heard for 120 s: look into the log of their hosts."
+    )
+    assert "ranks 1, 2, 3, 4, 5, 6, 7, 8 and 2 more of 16 did not come" in rendezvous.absent([*range(1, 11)], 16)
 
 
 def test_a_rank_without_rank_0_says_where_it_looked(ranks, monkeypatch, port):
