@@ -3,8 +3,8 @@
 
 In: overrides of train.py for both runs, and what tells them apart (`--a`, `--b`, `--gpus-a`, `--gpus-b`). Out: loss and
 gradient norm of both at every step that both record, from one seed and on the same batches, and the largest
-difference. Exit status 1 when it is above `--tolerance`, 2 when there is nothing to compare. A step is one
-micro-batch on each GPU, where training.global_batch_size is not given.
+difference. Exit status 1 when it is above `--tolerance` or `--norm-tolerance`, 2 when there is nothing to compare.
+Where they are not given, a step is one micro-batch on each GPU, and the learning rate is at its peak after ten steps.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from training.config import Config
 from training.metrics import Record, read_metrics
 
 LINES = 10  # steps of the printed table, about
+WARMUP = 10  # steps: runs of a learning rate near 0 would be alike, whatever they compute
 Pair = tuple[Record, Record]  # of one step
 
 
@@ -46,6 +47,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus-b", type=int, default=1, help="ranks of the second run")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--tolerance", type=float, default=0.01, help="largest difference of the loss, nats")
+    parser.add_argument(
+        "--norm-tolerance", type=float, default=0.05, help="largest relative difference of the gradient norm"
+    )
     parser.add_argument("--timeout", type=float, default=TIMEOUT, help="seconds that a run may take")
     options = parser.parse_intermixed_args(arguments)  # overrides may follow options
     if options.steps < 1 or min(options.gpus_a, options.gpus_b) < 1:
@@ -54,13 +58,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.tolerance >= 0:
         print(f"error: --tolerance {options.tolerance:g} cannot be used: use 0 or more, in nats.", file=sys.stderr)
         return 2
+    if not options.norm_tolerance >= 0:
+        print(
+            f"error: --norm-tolerance {options.norm_tolerance:g} cannot be used: use 0 or more, as 0.05.",
+            file=sys.stderr,
+        )
+        return 2
     if not 0 < options.timeout < math.inf:
         print(
             f"error: --timeout {options.timeout:g} cannot be used: use a number of seconds, as 1800.", file=sys.stderr
         )
         return 2
     sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
-    both = [f"data.path={options.data.resolve()}", "logging.every=1", *options.overrides]
+    warmup = min(WARMUP, options.steps // 2)
+    both = [f"data.path={options.data.resolve()}", "logging.every=1"]
+    both += [f"schedule.warmup_steps={warmup}", *options.overrides]
     runs = []
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         try:
@@ -91,11 +103,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: no step has a record in both runs: leave logging.every=1, or use more --steps.", file=sys.stderr)
         return 2
     print(table(pairs))
-    loss, norm = largest(pairs, "train/loss"), largest(pairs, "train/grad_norm")
-    alike = loss[0] <= options.tolerance
-    print(f"\nlargest difference: loss {loss[0]:.2e} (step {loss[1]}), gradient norm {norm[0]:.2e} (step {norm[1]})")
+    loss, norm = largest(pairs, "train/loss"), largest(pairs, "train/grad_norm", relative=True)
+    alike = loss[0] <= options.tolerance and norm[0] <= options.norm_tolerance
+    print(f"\nlargest difference: loss {loss[0]:.2e} (step {loss[1]}), ", end="")
+    print(f"gradient norm {norm[0]:.2e} of itself (step {norm[1]})")
     verdict = "within" if alike else "ABOVE"
-    print(f"{verdict} the tolerance of {options.tolerance:g} over {len(pairs)} of {options.steps} steps")
+    allowed = f"{options.tolerance:g} and {options.norm_tolerance:g}"
+    print(f"{verdict} the tolerances of {allowed} over {len(pairs)} of {options.steps} steps")
     return 0 if alike else 1
 
 
@@ -131,10 +145,18 @@ def common(a: list[Record], b: list[Record]) -> list[Pair]:
     return [(record, others[record["step"]]) for record in a if "train/loss" in record and record["step"] in others]
 
 
-def largest(pairs: list[Pair], key: str) -> tuple[float, int]:
-    """Largest absolute difference of a value over the steps of both, and its step; what is no number is infinite."""
-    differences = [(abs(x[key] - y[key]), x["step"]) for x, y in pairs]
-    return max((math.inf if math.isnan(value) else value, step) for value, step in differences)
+def largest(pairs: list[Pair], key: str, relative: bool = False) -> tuple[float, int]:
+    """Largest difference of a value over the steps of both, and its step; what is no number is infinite.
+
+    `relative`: as a fraction of the larger of both values, which are positive.
+    """
+    differences = []
+    for x, y in pairs:
+        difference = abs(x[key] - y[key])
+        if relative and difference:
+            difference /= max(x[key], y[key])
+        differences.append((math.inf if math.isnan(difference) else difference, x["step"]))
+    return max(differences)
 
 
 def table(pairs: list[Pair]) -> str:

@@ -20,7 +20,7 @@ def test_checkpointing_and_two_ranks_change_nothing_and_the_command_says_so(shar
     difference = ["--b", "parallel.activation_checkpointing=selective", "--gpus-b", "2"]
     assert main(["--data", str(shards), "--steps", "4", "--tolerance", "1e-5", *difference, *BOTH]) == 0
     shown = capsys.readouterr().out
-    assert "within the tolerance of 1e-05 over 4 of 4 steps" in shown
+    assert "within the tolerances of 1e-05 and 0.05 over 4 of 4 steps" in shown
     assert "| 4 | " in shown
 
 
@@ -28,7 +28,23 @@ def test_checkpointing_and_two_ranks_change_nothing_and_the_command_says_so(shar
 def test_another_learning_rate_is_found(shards, capsys):
     arguments = ["--steps", "2", "--tolerance", "1e-5", "--b", "optimizer.lr=0.5", "--b", "schedule.warmup_steps=1"]
     assert main(["--data", str(shards), *arguments, *BOTH]) == 1
-    assert "ABOVE the tolerance" in capsys.readouterr().out
+    assert "ABOVE the tolerances" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("difference", "status"), [([], 0), (["--b", "model.depth_recent_layers=1"], 1)])
+def test_depth_that_is_left_out_is_found_by_the_gradient_norm_alone(shards, difference, status):
+    arguments = [
+        "--steps",
+        "12",
+        "--tolerance",
+        "1",
+        *difference,
+        *BOTH,
+        "model.num_layers=4",
+        "parallel.compile=false",
+    ]
+    assert main(["--data", str(shards), *arguments]) == status
 
 
 def records(*losses, every=1):
@@ -40,6 +56,29 @@ def test_a_value_that_is_no_number_is_the_largest_difference():
     a, b = records(3.0, 2.0), records(3.5, math.nan)
     assert largest(common(a, b), "train/loss") == (math.inf, 2)
     assert largest(common(a, a), "train/loss")[0] == 0
+
+
+def test_gradient_norms_differ_by_a_part_of_themselves():
+    a, b = records(3.0, 2.0), records(3.0, 2.0)
+    b[1]["train/grad_norm"] = 1.25
+    assert largest(common(a, b), "train/grad_norm", relative=True) == (0.2, 2)
+    a[1]["train/grad_norm"] = b[1]["train/grad_norm"] = 0.0
+    assert largest(common(a, b), "train/grad_norm", relative=True)[0] == 0
+    a[1]["train/grad_norm"] = b[1]["train/grad_norm"] = math.inf
+    assert largest(common(a, b), "train/grad_norm", relative=True)[0] == math.inf
+
+
+@pytest.mark.parametrize(("given", "warmup"), [([], 10), (["schedule.warmup_steps=30"], 30), (["--steps", "4"], 2)])
+def test_the_learning_rate_is_at_its_peak_early_unless_a_warm_up_is_given(shards, monkeypatch, given, warmup):
+    seen = []
+
+    def run_steps(overrides, **_):
+        seen.append(plan([*QUIET, *overrides]).jobs[0].config.schedule.warmup_steps)
+        raise StepsFailed("seen", "")
+
+    monkeypatch.setattr(compare_runs, "run_steps", run_steps)
+    assert main(["--data", str(shards), *BOTH, *given]) == 2
+    assert seen == [warmup]
 
 
 def test_steps_that_both_have_recorded_are_compared_and_evaluations_left_out():
@@ -73,7 +112,7 @@ def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow
     assert capsys.readouterr().err == (
         "error: no step has a record in both runs: leave logging.every=1, or use more --steps.\n"
     )
-    assert [overrides[3:] for overrides in given] == [
+    assert [overrides[4:] for overrides in given] == [
         ["model=moda_tiny", "training.device=cpu"],
         ["model=moda_tiny", "training.device=cpu", "logging.every=2"],
     ]
@@ -147,6 +186,8 @@ def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
     for tolerance in ("-1", "nan"):
         assert main(["--data", str(shards), "--tolerance", tolerance, *BOTH]) == 2
         assert f"error: --tolerance {tolerance} cannot be used" in capsys.readouterr().err
+        assert main(["--data", str(shards), "--norm-tolerance", tolerance, *BOTH]) == 2
+        assert f"error: --norm-tolerance {tolerance} cannot be used" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nowhere"), "--steps", "1", *BOTH]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: run a failed: data.path=")
