@@ -90,6 +90,30 @@ def test_a_step_never_waits_for_the_device(depth, shards, tmp_path):
         trainer.loader.close()
 
 
+@pytest.mark.parametrize("depth", [False, True], ids=["baseline", "moda"])
+def test_the_loop_between_two_records_never_waits_for_the_device(depth, shards, tmp_path):
+    """Steps 13 to 18 of the trainer's own loop: the record of step 10 is written by then, that of step 20 not begun."""
+    config = configured(shards, tmp_path / "run", depth)
+    config.logging.every, config.evaluation.every, config.checkpoint.every = 10, 0, 1000
+    modes = []
+
+    def switch(step):
+        if step in (12, 18):
+            modes.append("error" if step == 12 else "default")
+            torch.cuda.set_sync_debug_mode(modes[-1])
+
+    with distributed_world("cuda") as world, stop_on_signals() as stop:
+        trainer = Trainer(config, world, stop, Watchdog(world, tmp_path / "run", factor=0, seconds=1), None)
+        trainer.after_step.append(switch)
+        try:
+            trainer.fit()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            trainer.end_records(None, None, None)
+    assert modes == ["error", "default"]
+    assert [record["step"] for record in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [10, 20]
+
+
 def test_the_memory_estimate_is_close_to_the_peak():
     """A model of a few hundred MB; the figures of the 700M models are in docs/benchmarks.md."""
     shape = {"num_layers": 8, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "intermediate_size": 2048}
