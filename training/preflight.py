@@ -132,13 +132,21 @@ def _check_compiler(config: Config) -> None:
 
 
 def _check_devices(config: Config) -> None:
+    no_memory = (
+        "logging.profile.memory=true cannot be used: it records what is allocated on a GPU, and this run is on a CPU, "
+        "so set it to false."
+    )
     if config.training.device == "cpu":
+        if config.logging.profile.memory:
+            raise ConfigError(no_memory)
         return
     import torch
 
     gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if gpus == 0 and config.training.device == "cuda":
         raise ConfigError("training.device=cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
+    if gpus == 0 and config.logging.profile.memory:
+        raise ConfigError(no_memory)
     if 0 < gpus < ranks:
         raise ConfigError(
             f"training.device={config.training.device} cannot be used: {ranks} ranks of this host share {gpus} GPUs, "

@@ -7,9 +7,11 @@ step is slower; the others are left alone.
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -51,10 +53,34 @@ class StepProfiler:
                 yield  # the end of the profile waits for the device
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                trace.export_chrome_trace(str(self.folder / f"step-{step}-rank-{self.rank}.json.gz"))
+                path = self.folder / f"step-{step}-rank-{self.rank}.json.gz"
+                trace.export_chrome_trace(str(path))
+                if is_trace(path):
+                    self.say(f"profile of step {step}: {path}")
+                else:  # the profiler writes to the temporary folder first, and raises nothing where that fails
+                    path.unlink()
+                    self.say(
+                        f"warning: the trace of step {step} could not be written: make room in {gettempdir()}, or "
+                        "name another folder with TMPDIR"
+                    )
                 if self.memory:
                     torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
             except OSError as error:  # what a run can do without does not end it
                 self.say(
                     f"warning: {self.folder} cannot be written ({error.strerror or error}): step {step} has no profile"
                 )
+
+
+def is_trace(path: Path) -> bool:
+    """Whether a compressed file holds a JSON object from begin to end, by its first and last character.
+
+    Raises OSError when it cannot be read.
+    """
+    first = last = b""
+    try:
+        with gzip.open(path) as file:
+            while chunk := file.read(1 << 20):
+                first, last = first or chunk.lstrip()[:1], (chunk.rstrip() or last)[-1:]
+    except (EOFError, gzip.BadGzipFile):
+        return False
+    return (first, last) == (b"{", b"}")

@@ -218,3 +218,13 @@ def test_a_run_directory_behind_a_link_to_nothing_is_refused(config, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     config.run.dir = str(tmp_path / "link" / "run")
     assert message(ConfigError, config).endswith(f"{tmp_path / 'link'} is a link to nothing: remove it.")
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_a_history_of_a_gpus_memory_needs_a_gpu(config, monkeypatch, device):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config.training.device, config.logging.profile.steps, config.logging.profile.memory = device, [2], True
+    assert message(ConfigError, config) == (
+        "logging.profile.memory=true cannot be used: it records what is allocated on a GPU, and this run is on a CPU, "
+        "so set it to false."
+    )

@@ -100,3 +100,37 @@ def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path):
     with profiler.of_step(5):
         torch.ones(3).sum()
     assert said == [f"warning: {tmp_path}/profile cannot be written (File exists): step 5 has no profile"]
+
+
+def test_a_trace_that_was_written_is_named_and_one_that_was_not_is_a_warning(tmp_path, monkeypatch):
+    said = []
+    profiler = StepProfiler(ProfileConfig([5, 6]), tmp_path, 0, torch.device("cpu"), said.append)
+    with profiler.of_step(5):
+        torch.ones(3).sum()
+    assert said == [f"profile of step 5: {tmp_path}/profile/step-5-rank-0.json.gz"]
+    said.clear()
+
+    def full(self, path):  # as the profiler leaves it when TMPDIR is full
+        Path(path).write_bytes(gzip.compress(b""))
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    with profiler.of_step(6):
+        torch.ones(3).sum()
+    assert len(said) == 1
+    assert said[0].startswith("warning: the trace of step 6 could not be written: make room in ")
+    assert profiled(tmp_path) == ["step-5-rank-0.json.gz"]
+
+
+@pytest.mark.parametrize(
+    ("held", "whole"),
+    [
+        (gzip.compress(b'{"traceEvents": []}\n'), True),
+        (gzip.compress(b'{"traceEvents": ['), False),
+        (gzip.compress(b'{"traceEvents": []}')[:-9], False),
+        (b"", False),
+        (b"no archive", False),
+    ],
+)
+def test_a_trace_is_whole_or_it_is_none(tmp_path, held, whole):
+    (tmp_path / "trace.json.gz").write_bytes(held)
+    assert profiling.is_trace(tmp_path / "trace.json.gz") is whole
