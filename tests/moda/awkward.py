@@ -25,7 +25,7 @@ TIMES, GROUPS, SLOTS, HEAD_DIMS = (
     (0, 1, 7, 72, 256),
     (32, 64, 96, 128),
 )
-CASES = [
+CASES = [  # some of them in several rows
     *(case(time, slots=slots) for time in TIMES for slots in (0, 7)),
     *(case(65, group) for group in GROUPS),
     *(case(127, group, slots=1, kv_heads=1) for group in GROUPS),
@@ -43,6 +43,7 @@ CASES = [
     case(1000, 32, slots=1, kv_heads=1),
     case(256, 4, slots=72, batch=2),
 ]
+CASES = list({repr(case): case for case in CASES}.values())
 
 
 # With scores of thousands all of a row goes to one key. What is left of an error is that of scores that are close by

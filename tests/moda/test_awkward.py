@@ -32,7 +32,7 @@ if not kernels.INTERPRETED:
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
     def test_the_fused_kernels_in_the_interpreter():
-        run_interpreted(__file__, "fused")
+        run_interpreted(__file__)
 
 else:
     from tests.gpu.test_awkward import check

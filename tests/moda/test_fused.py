@@ -15,9 +15,8 @@ if importlib.util.find_spec("triton") is None:
 if not kernels.INTERPRETED:
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("part", ["equal_the_definition", "not equal_the_definition"])
-    def test_in_the_interpreter(part):
-        run_interpreted(__file__, part)
+    def test_in_the_interpreter():
+        run_interpreted(__file__)
 
     def test_a_cpu_is_refused_without_the_interpreter():
         q = torch.zeros(1, 2, 1, 32)

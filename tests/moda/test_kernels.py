@@ -16,9 +16,8 @@ if importlib.util.find_spec("triton") is None:
 if not kernels.INTERPRETED:
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("part", ["forward", "query", "slots", "same_bits or available or registered"])
-    def test_in_the_interpreter(part):
-        run_interpreted(__file__, part)
+    def test_in_the_interpreter():
+        run_interpreted(__file__)
 
     def test_a_cpu_is_not_available_without_the_interpreter():
         assert not kernels.available("cpu")

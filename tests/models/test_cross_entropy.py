@@ -4,9 +4,6 @@ As in tests/moda/test_kernels.py, the kernel is tested in a pytest of its own wi
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 import models.cross_entropy
 from moda import kernels
 from models.cross_entropy import chunk_tokens, linear_cross_entropy
+from tests.moda.interpreter import run_interpreted
 
 Z = 0.03
 
@@ -132,10 +130,7 @@ if not kernels.INTERPRETED:
     @pytest.mark.slow
     @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
     def test_the_kernel_in_the_interpreter():
-        command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", "-x", __file__]
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-8000:]
+        run_interpreted(__file__)
 
 else:
 

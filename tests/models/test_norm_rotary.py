@@ -68,7 +68,7 @@ if not kernels.INTERPRETED:
 
     @pytest.mark.slow
     def test_in_the_interpreter():
-        run_interpreted(__file__, "not in_the_interpreter")
+        run_interpreted(__file__)
 
     def test_the_layers_keep_to_pytorch_where_no_kernel_runs():
         assert not available(torch.device("cpu"), torch.bfloat16)

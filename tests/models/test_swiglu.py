@@ -55,7 +55,7 @@ if not kernels.INTERPRETED:
 
     @pytest.mark.slow
     def test_in_the_interpreter():
-        run_interpreted(__file__, "interpreted")
+        run_interpreted(__file__)
 
     @pytest.mark.parametrize("biased", [False, True], ids=["no biases", "biases"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
