@@ -46,9 +46,7 @@ def test_a_scale_that_is_not_positive_is_as_exact(shape, slots, scale, backend):
     generator = torch.Generator("cuda").manual_seed(0)
     token = (batch, time, 2, 64)
     sizes = [(batch, time, 2 * group, 64), token, token, (slots, *token), (slots, *token)]
-    inputs = [
-        torch.randn(*s, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for s in sizes
-    ]
+    inputs = [torch.randn(*s, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_() for s in sizes]
     wide = [t.detach().double().requires_grad_() for t in inputs]
     do = torch.randn(sizes[0], device="cuda", dtype=torch.bfloat16, generator=generator)
     expected, expected_lse = reference.definition(*wide, scale=scale)
