@@ -31,7 +31,9 @@ def test_losses_of_fifty_steps_are_the_same_within_bf16(pair, shards, capsys):
     tolerances = ("0", "0") if pair in EXACT else (str(ROUNDED), "0.05")
     arguments = ["--steps", "50", "--tolerance", tolerances[0], "--norm-tolerance", tolerances[1]]
     assert main(["--data", str(shards), *arguments, *PAIRS[pair], *BOTH]) == 0
-    assert f"within the tolerances of {tolerances[0]} and {tolerances[1]} over 50 of 50" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    print(printed)  # for those who want to see what passed: pytest -rP
+    assert f"within the tolerances of {tolerances[0]} and {tolerances[1]} over 50 of 50" in printed
 
 
 def test_depth_that_is_left_out_is_found(shards, capsys):
