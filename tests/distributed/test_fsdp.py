@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks against the plain definition on one, in float64 (to 1e-6: FSDP2 reduces gradients in fp32)."""
+"""FSDP2 on two and four ranks against the plain definition on one, in float64 (to 1e-6: fp32 reduces gradients)."""
 
 import itertools
 import math
@@ -58,7 +58,7 @@ def check_gradients():
 
 def check_gradients_of(config, options):
     rank = torch.distributed.get_rank()
-    batches = [tokens(batch=1, seed=seed) for seed in range(4)]
+    batches = [tokens(batch=1, seed=seed) for seed in range(2 * torch.distributed.get_world_size())]
     model = sharded(config, **options)
     torch._dynamo.utils.counters.clear()
     for index, batch in enumerate(batches[2 * rank : 2 * rank + 2]):  # two micro-batches a rank
@@ -80,6 +80,16 @@ def check_gradients_of(config, options):
 
 def test_gradients_equal_the_definition_with_checkpointing_compilation_replication_and_accumulation():
     run_ranks(check_gradients, 2)
+
+
+def check_gradients_of_replicated_shards():
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    for reshard in (True, False):
+        check_gradients_of(small(**MODA), {"mesh": mesh, "reshard_after_forward": reshard})
+
+
+def test_gradients_of_two_copies_in_two_shards_each_equal_the_definition():
+    run_ranks(check_gradients_of_replicated_shards, 4)
 
 
 def steps(mesh, reduces_in_place, keeps):

@@ -130,6 +130,7 @@ def test_a_trace_that_was_written_is_named_and_one_that_was_not_is_a_warning(tmp
         (b"", False),
         (b"no archive", False),
     ],
+    ids=["whole", "half a list", "half an archive", "empty", "no archive"],
 )
 def test_a_trace_is_whole_or_it_is_none(tmp_path, held, whole):
     (tmp_path / "trace.json.gz").write_bytes(held)
