@@ -27,7 +27,8 @@ from data.shards import DataError
 from models.config import ConfigError
 from training.compose import Job, job_config, plan
 from training.config import LostRankError, TrainingError
-from training.preflight import checked
+from training.environment import environment_warnings
+from training.preflight import checked, on_gpu
 
 # One voice a host, since shards and GPUs are the host's own: rank 0, and the first rank of other hosts.
 SPEAKS = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
@@ -45,7 +46,10 @@ def main(arguments: list[str]) -> int:
 
             presence()  # the others wait for as long as they hear of it
         jobs = [checked(job, say) for job in planned.jobs]  # all of them, before the first starts
-        for warning in dict.fromkeys(text for job in jobs for text in job.config.warnings()):
+        found = [text for job in jobs for text in job.config.warnings()]
+        if any(on_gpu(job.config) for job in jobs):
+            found += environment_warnings()
+        for warning in dict.fromkeys(found):
             say(f"warning: {warning}")
         if planned.hydra_arguments is None:
             return train_all(jobs) if jobs else 0

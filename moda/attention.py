@@ -86,8 +86,8 @@ def attention(
         natural logarithm, [batch, time, query_heads], not differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together, scale is not finite, or the backend does not exist or
-            cannot do this.
+        ValueError: shapes, dtypes or devices do not fit together, scale is not finite in fp32, or the backend does not
+            exist or cannot do this.
         TypeError: an argument is no tensor, scale no number, or backend no string.
         RuntimeError: an input carries a tangent: there are no forward-mode derivatives.
     """
@@ -182,7 +182,7 @@ def check_backend(backend: object) -> None:
 def scale_of(q: Tensor, scale: float | None) -> float:
     """The factor of the scores, head_dim ** -0.5 for None.
 
-    Raises TypeError for what is no real number, ValueError for one that no float holds, or that is not finite; code
+    Raises TypeError for what is no real number, ValueError for one that no float, or no fp32, holds; code
     that is being compiled leaves the latter to the operator.
     """
     if scale is None:

@@ -258,7 +258,7 @@ class DepthStream:
             raise ValueError(
                 f"q {tuple(q.shape)} and k ({tuple(k.shape)}, {k.dtype}, {k.device}) must have batch and time, and "
                 f"heads, head_dim, dtype and device, of the stream's slots, {self.slot_shape}, {self.dtype}, "
-                f"{self.device}."
+                f"{self.device}: convert them with reshape() and to(), or make a stream of theirs."
             )
         if lease.records_grad and not in_backward() and (slot := lease.changed()) is not None:
             at, slot = divmod(slot, self.slots_per_layer)
@@ -337,7 +337,7 @@ class DepthStream:
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral | torch.SymInt)
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
 def _slots(stream: DepthStream, lease: Lease, layer: int) -> reference.Slots:

@@ -108,10 +108,13 @@ def check_documents(q: Tensor, cu_seqlens: Tensor | None) -> None:
 
 
 def check_scale(scale: float) -> None:
-    """Raise ValueError for a factor of the scores that would make every output no number."""
-    if not math.isfinite(scale):
+    """Raise ValueError for a factor of the scores that would make every output no number.
+
+    Kernels take it in fp32, times log2(e) for scores in powers of two.
+    """
+    if not abs(scale) * math.log2(math.e) <= torch.finfo(torch.float32).max:
         raise ValueError(
-            f"scale={scale} is no finite number: use one of the size of head_dim ** -0.5, or None for just that."
+            f"scale={scale} is no finite number in fp32: use one of the size of head_dim ** -0.5, or None for that."
         )
 
 

@@ -14,9 +14,13 @@ import math
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
+
+from data.shards import DataError
 from models.config import ConfigError
 from scripts.console import run
 from scripts.training_benchmark.process import (
@@ -30,6 +34,7 @@ from scripts.training_benchmark.process import (
 from training.compose import plan
 from training.config import Config
 from training.metrics import Record, read_metrics
+from training.preflight import preflight
 
 LINES = 10  # steps of the printed table, about
 WARMUP = 10  # steps: runs of a learning rate near 0 would be alike, whatever they compute
@@ -69,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"error: --timeout {options.timeout:g} cannot be used: use a number of seconds, as 1800.", file=sys.stderr
         )
         return 2
-    sides = [("a", options.a, options.gpus_a), ("b", options.b, options.gpus_b)]
+    sides = [Side("a", options.a, options.gpus_a), Side("b", options.b, options.gpus_b)]
     warmup = min(WARMUP, options.steps // 2)
     both = [f"data.path={options.data.resolve()}", "logging.every=1"]
     both += [f"schedule.warmup_steps={warmup}", *options.overrides]
@@ -77,27 +82,27 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         try:
             # First, so that what is given wins. The configurations' own batches are those of long runs.
-            size = batch_size([(configured(both, own), gpus) for _, own, gpus in sides])
+            size = math.lcm(*(micro_batches(configured(both, side), side.gpus) for side in sides))
             both.insert(0, f"training.global_batch_size={size}")
-            for _, own, gpus in sides:  # both before the first takes its time
-                check(configured(both, own), gpus, options.steps)
-        except (ConfigError, StepsFailed, ValueError) as error:
+            for side in sides:  # both before the first takes its time
+                check(configured(both, side), side, options.steps)
+        except (ConfigError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        for name, own, gpus in sides:
+        for side in sides:
             try:  # one step more than is compared: a run is left at the end of a step, before it is logged
-                place, steps = Path(folder) / name, options.steps + 1
-                run_steps([*both, *own], gpus=gpus, steps=steps, folder=place, timeout=options.timeout)
+                place, steps = Path(folder) / side.name, options.steps + 1
+                run_steps([*both, *side.own], gpus=side.gpus, steps=steps, folder=place, timeout=options.timeout)
             except StepsTimeout as late:
                 remedy = f"give it more than --timeout {options.timeout:g}, or fewer --steps than {options.steps}"
-                print(f"error: run {name} failed: {late}: {remedy}.", file=sys.stderr)
+                print(f"error: run {side.name} failed: {late}: {remedy}.", file=sys.stderr)
                 return 2
             except StepsFailed as failed:
                 said = "" if str(failed).startswith("error:") else f"{failed.output}\n"  # all that there was to say
                 why = str(failed).removeprefix("error: ")
-                print(f"{said}error: run {name} failed: {why}", file=sys.stderr)
+                print(f"{said}error: run {side.name} failed: {why}", file=sys.stderr)
                 return 2
-            runs.append(read_metrics(Path(folder) / name / "run" / "metrics.jsonl"))
+            runs.append(read_metrics(place / "run" / "metrics.jsonl"))
     pairs = common(*runs)
     if not pairs:
         print("error: no step has a record in both runs: leave logging.every=1, or use more --steps.", file=sys.stderr)
@@ -113,30 +118,44 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if alike else 1
 
 
-def configured(both: list[str], own: list[str]) -> Config:
-    """The configuration of a run. Raises ConfigError, and StepsFailed for another run directory."""
-    return plan(train_arguments([*both, *own], Path("run"))).jobs[0].config
+class Side(NamedTuple):
+    """One of both runs."""
+
+    name: str
+    own: list[str]  # its overrides beyond those of both
+    gpus: int
 
 
-def batch_size(sides: list[tuple[Config, int]]) -> int:
-    """The smallest global batch that both configurations can use on their numbers of GPUs."""
-    return math.lcm(*(max(1, config.training.micro_batch_size) * gpus for config, gpus in sides))
+def configured(both: list[str], side: Side) -> Config:
+    """The configuration of a run. Raises ConfigError, also where it names a run directory."""
+    try:
+        return plan(train_arguments([*both, *side.own], Path("run"))).jobs[0].config
+    except (ConfigError, StepsFailed) as error:
+        raise ConfigError(f"run {side.name}: {error}") from error
 
 
-def check(config: Config, gpus: int, steps: int) -> None:
-    """Raise ConfigError for a configuration that cannot run, or that ends before `steps` steps have their records.
+def micro_batches(config: Config, gpus: int) -> int:
+    """Sequences of one micro-batch on each GPU."""
+    return max(1, config.training.micro_batch_size) * gpus  # a value below is refused later
 
-    Raises ValueError where it would run on a CPU without having asked for that.
-    """
-    config.validate(gpus)
-    check_device([f"training.device={config.training.device}"], option="")
-    key = "steps" if config.training.stop_at is None else "stop_at"
-    last = getattr(config.training, key)
-    if last <= steps:
-        raise ConfigError(
-            f"training.{key}={last} ends the run before --steps {steps} are recorded: use training.{key}={steps + 1} "
-            "or more, or fewer --steps."
-        )
+
+def check(config: Config, side: Side, steps: int) -> None:
+    """Raise ConfigError or DataError for a run that cannot start here, or ends before `steps` steps have records."""
+    try:
+        config.validate(side.gpus)
+        check_device([f"training.device={config.training.device}"], option="")
+        if config.training.device != "cpu" and side.gpus > (here := torch.cuda.device_count()):
+            raise ConfigError(f"--gpus-{side.name} {side.gpus} cannot be used: use {here}, which are here, or fewer.")
+        key = "steps" if config.training.stop_at is None else "stop_at"
+        last = getattr(config.training, key)
+        if last <= steps:
+            raise ConfigError(
+                f"training.{key}={last} ends the run before --steps {steps} are recorded: use training.{key}="
+                f"{steps + 1} or more, or fewer --steps."
+            )
+        preflight(config)
+    except (ConfigError, DataError, ValueError) as error:
+        raise ConfigError(f"run {side.name}: {error}") from error
 
 
 def common(a: list[Record], b: list[Record]) -> list[Pair]:

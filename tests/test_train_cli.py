@@ -211,6 +211,14 @@ def test_a_run_reaches_the_trainer_with_its_vocabulary(workplace, trained, capsy
     )
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_settings_that_make_a_gpu_slow_are_told_where_there_is_one(gpu, workplace, trained, capsys, monkeypatch):
+    monkeypatch.setattr(train, "on_gpu", lambda config: gpu)
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert train.main([*TINY, "run.name=first"]) == 0
+    assert ("warning: NCCL_P2P_DISABLE=1 is set, so" in capsys.readouterr().err) == gpu
+
+
 def test_a_failing_job_is_named_and_the_others_run(workplace, trained, capsys):
     assert train.main(["-m", *TINY, "training.seed=12,13,14", "training.steps=20"]) == 1
     assert [(c.training.seed, c.run.dir) for c in trained] == [(12 + i, f"sweeps/moda_tiny/{i}") for i in range(3)]

@@ -57,6 +57,15 @@ def preflight(config: Config, say: Callable[[str], None] = lambda line: None) ->
     return replace(config, model=replace(config.model, vocab_size=vocab_size))
 
 
+def on_gpu(config: Config) -> bool:
+    """Whether a run of `config` will be on this machine's GPUs."""
+    if config.training.device == "cpu":
+        return False
+    import torch  # which takes seconds
+
+    return torch.cuda.is_available()
+
+
 def _check_paths(config: Config) -> None:
     resume = config.checkpoint.resume
     begun = any(Path(config.run.dir).glob("checkpoints/step-*"))  # then what it began with may be deleted since
@@ -163,11 +172,11 @@ def _check_attention(config: Config) -> None:
 
     from moda.backends import BACKENDS
 
-    on_gpu = config.training.device != "cpu" and torch.cuda.is_available()
-    dtype = torch.bfloat16 if on_gpu and config.training.precision != "fp32" else torch.float32
+    gpu = on_gpu(config)
+    dtype = torch.bfloat16 if gpu and config.training.precision != "fp32" else torch.float32
     time, documents = config.data.sequence_length, torch.tensor([0]) if config.data.document_mask else None
     q, k = (
-        torch.empty(1, time, heads, model.head_dim, dtype=dtype, device="cuda" if on_gpu else "cpu")
+        torch.empty(1, time, heads, model.head_dim, dtype=dtype, device="cuda" if gpu else "cpu")
         for heads in (model.num_heads, model.num_kv_heads)
     )
     if reason := BACKENDS[name].unusable(q, k, documents):

@@ -8,8 +8,9 @@ step is slower; the others are left alone.
 from __future__ import annotations
 
 import gzip
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -59,16 +60,22 @@ class StepProfiler:
                     self.say(f"profile of step {step}: {path}")
                 else:  # the profiler writes to the temporary folder first, and raises nothing where that fails
                     path.unlink()
-                    self.say(
-                        f"warning: the trace of step {step} could not be written: make room in {gettempdir()}, or "
-                        "name another folder with TMPDIR"
+                    self._warn(
+                        f"the trace of step {step} could not be written: make room in {gettempdir()}, or name another "
+                        "folder with TMPDIR"
                     )
                 if self.memory:
                     torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
             except OSError as error:  # what a run can do without does not end it
-                self.say(
-                    f"warning: {self.folder} cannot be written ({error.strerror or error}): step {step} has no profile"
-                )
+                self._warn(f"{self.folder} cannot be written ({error.strerror or error}): step {step} has no profile")
+
+    def _warn(self, text: str) -> None:
+        """Every rank writes files of its own, but the console is the first one's."""
+        if self.rank == 0:
+            self.say(f"warning: {text}")
+            return
+        with suppress(OSError):
+            print(f"rank {self.rank}: warning: {text}", file=sys.stderr, flush=True)
 
 
 def is_trace(path: Path) -> bool:

@@ -133,6 +133,13 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
                 f"training.steps={config.training.steps} lies before step {saved.step}, which {path} has come to: use "
                 f"that or more, or another {key}."
             )
+        if own is None and saved.step >= config.training.last_step:  # a run of its own, without a step
+            later = "training.steps with checkpoint.allow_changes=[training.steps]"
+            raise ConfigError(
+                f"checkpoint.resume={resume} has come to step {saved.step} already, so there is none to make: give a "
+                f"higher {later if saved.step == config.training.steps else 'training.stop_at'}, or a checkpoint "
+                "before it."
+            )
         stream = open_stream(config)
         if DATA not in config.checkpoint.allow_changes:
             check_same_data(saved.data, saved.sources, stream, path, key)

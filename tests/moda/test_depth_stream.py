@@ -429,6 +429,7 @@ def test_arguments_that_name_nothing_get_one_sentence(call, error, words):
         ({"num_layers": 0}, "num_layers=0"),
         ({"num_layers": 2.5}, r"num_layers=2\.5"),
         ({"time": "4"}, "time=4"),
+        ({"batch": True}, "batch=True"),
         ({"recent_layers": 1.5}, r"recent_layers=1\.5"),
         ({"first_layers": None}, "first_layers=None"),
         ({"first_layers": 1}, "first_layers=1 has no effect without recent_layers"),

@@ -107,15 +107,11 @@ def test_runs_without_a_common_record_are_no_comparison_and_overrides_may_follow
         (folder / "run" / "metrics.jsonl").write_text("".join(lines))
 
     monkeypatch.setattr(compare_runs, "run_steps", run_steps)
-    arguments = ["model=moda_tiny", "--data", str(shards), "--steps", "1", "--b", "logging.every=2"]
-    assert main([*arguments, "training.device=cpu"]) == 2
+    assert main(["--data", str(shards), "--steps", "1", "--b", "logging.every=2", *BOTH]) == 2
     assert capsys.readouterr().err == (
         "error: no step has a record in both runs: leave logging.every=1, or use more --steps.\n"
     )
-    assert [overrides[4:] for overrides in given] == [
-        ["model=moda_tiny", "training.device=cpu"],
-        ["model=moda_tiny", "training.device=cpu", "logging.every=2"],
-    ]
+    assert [overrides[4:] for overrides in given] == [BOTH, [*BOTH, "logging.every=2"]]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +133,7 @@ def test_a_step_is_one_micro_batch_on_each_gpu_unless_it_is_given(shards, monkey
 
     monkeypatch.setattr(compare_runs, "run_steps", run_steps)
     arguments = ["--data", str(shards), "model=moda_700m", "training.device=cpu", "--timeout", "7"]
+    arguments += ["data.sequence_length=16", "parallel.compile=false"]
     assert main([*arguments, "--gpus-a", "2", *given]) == 2
     with pytest.raises(StopIteration):
         main([*arguments, "--gpus-b", "2", *given])
@@ -158,7 +155,7 @@ def test_without_a_gpu_a_model_is_refused_unless_the_cpu_is_asked_for(shards, mo
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(["--data", str(shards), "--b", "parallel.compile=false", "model=moda_700m"]) == 2
     assert capsys.readouterr().err == (
-        "error: A GPU is needed and none is visible: training.device=cpu takes a CPU, for small models.\n"
+        "error: run a: A GPU is needed and none is visible: training.device=cpu takes a CPU, for small models.\n"
     )
 
 
@@ -170,13 +167,14 @@ def test_without_a_gpu_a_model_is_refused_unless_the_cpu_is_asked_for(shards, mo
         (["--b", "training.stop_at=50"], "training.stop_at=50 ends the run before --steps 50 are recorded"),
         (["--gpus-b", "3"], "training.global_batch_size=4 is not divisible by"),
         (["--b", "run.dir=elsewhere"], "run.dir=elsewhere cannot be used"),
+        (["--b", "parallel.attention_backend=joined"], "parallel.attention_backend=joined cannot be used"),
     ],
 )
 def test_a_mistake_in_the_second_run_is_found_before_the_first_begins(shards, monkeypatch, capsys, mistake, said):
     monkeypatch.setattr(compare_runs, "run_steps", lambda *_, **__: pytest.fail("a run has begun"))
     assert main(["--data", str(shards), *BOTH, *mistake]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: {said}")
+    assert error.startswith(f"error: run b: {said}")
     assert len(error.splitlines()) == 1
 
 
@@ -190,8 +188,11 @@ def test_a_run_that_fails_is_named(shards, tmp_path, capsys):
         assert f"error: --norm-tolerance {tolerance} cannot be used" in capsys.readouterr().err
     assert main(["--data", str(tmp_path / "nowhere"), "--steps", "1", *BOTH]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: run a failed: data.path=")
-    assert len(error.splitlines()) == 1
-    assert "or prepare it with python scripts/prepare_data.py" in error
+    assert error.startswith("error: run a: data.path=")
+    sentence, command = error.splitlines()
+    assert sentence.endswith("or prepare it with")
+    assert command.startswith("  python scripts/prepare_data.py")
     assert main(["--data", str(tmp_path), *BOTH, "--b", "paralel.compile=false"]) == 2
-    assert capsys.readouterr().err == "error: unknown key `paralel`: did you mean `parallel`?\n", "and no run before"
+    assert capsys.readouterr().err == "error: run b: unknown key `paralel`: did you mean `parallel`?\n", (
+        "and no run before"
+    )

@@ -93,13 +93,15 @@ def test_a_step_that_fails_leaves_no_profile_and_ends_the_history_of_memory(tmp_
     assert not profiler.folder.exists()
 
 
-def test_a_profile_that_cannot_be_written_is_a_warning(tmp_path):
+def test_a_profile_that_cannot_be_written_is_a_warning_of_its_rank(tmp_path, capsys):
     (tmp_path / "profile").write_text("a file in place of the folder")
-    said = []
-    profiler = StepProfiler(ProfileConfig([5]), tmp_path, 0, torch.device("cpu"), said.append)
-    with profiler.of_step(5):
-        torch.ones(3).sum()
-    assert said == [f"warning: {tmp_path}/profile cannot be written (File exists): step 5 has no profile"]
+    warning = f"warning: {tmp_path}/profile cannot be written (File exists): step 5 has no profile"
+    for rank, on_console, on_stderr in ((0, [warning], ""), (3, [], f"rank 3: {warning}\n")):
+        said = []
+        profiler = StepProfiler(ProfileConfig([5]), tmp_path, rank, torch.device("cpu"), said.append)
+        with profiler.of_step(5):
+            torch.ones(3).sum()
+        assert (said, capsys.readouterr().err) == (on_console, on_stderr)
 
 
 def test_a_trace_that_was_written_is_named_and_one_that_was_not_is_a_warning(tmp_path, monkeypatch):

@@ -178,6 +178,21 @@ def test_a_run_that_began_with_the_newest_of_another_continues_its_own_though_th
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(
+    ("stop_at", "done", "remedy"),
+    [
+        (None, 8, r"training\.steps with checkpoint\.allow_changes=\[training\.steps\], or a checkpoint before it\.$"),
+        (5, 6, r"training\.stop_at, or a checkpoint before it\.$"),
+    ],
+)
+def test_a_new_run_that_would_make_no_step_is_refused_and_leaves_no_file(stop_at, done, remedy, run, shards, tmp_path):
+    config = short(shards, tmp_path / "new", resume=f"{run.run.dir}/checkpoints/step-{done}")
+    config.training.stop_at = stop_at
+    with pytest.raises(ConfigError, match=rf"has come to step {done} already, .*: give a higher {remedy}"):
+        train(config)
+    assert not (tmp_path / "new").exists()
+
+
 def test_fewer_steps_than_are_done_are_refused(run):
     run.training.steps, run.checkpoint.allow_changes = 5, ["training.steps"]
     with pytest.raises(ConfigError, match=r"training\.steps=5 lies before step 8, which .*step-8 has come to"):
