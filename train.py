@@ -46,11 +46,7 @@ def main(arguments: list[str]) -> int:
 
             presence()  # the others wait for as long as they hear of it
         jobs = [checked(job, say) for job in planned.jobs]  # all of them, before the first starts
-        found = [text for job in jobs for text in job.config.warnings()]
-        if any(on_gpu(job.config) for job in jobs):
-            found += environment_warnings()
-        for warning in dict.fromkeys(found):
-            say(f"warning: {warning}")
+        warn(jobs)
         if planned.hydra_arguments is None:
             return train_all(jobs) if jobs else 0
         sys.argv[1:] = planned.hydra_arguments
@@ -68,6 +64,15 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         say("interrupted: the same command continues the last checkpoint, if any")
         return 130
+
+
+def warn(jobs: list[Job]) -> None:
+    """Lines for what is allowed, and probably not meant."""
+    found = [text for job in jobs for text in job.config.warnings()]
+    if any(on_gpu(job.config) for job in jobs):
+        found += environment_warnings()
+    for warning in dict.fromkeys(found):
+        say(f"warning: {warning}")
 
 
 def train_all(jobs: list[Job]) -> int:
@@ -121,7 +126,9 @@ def tell_others(sentence: str) -> None:
 @hydra.main(version_base="1.3", config_path="configs", config_name="config")
 def launched(composed: DictConfig) -> None:
     """One job, in the process where a launcher of Hydra (joblib, submitit) has started it."""
-    train_all([checked(Job(job_config(composed)))])
+    job = checked(Job(job_config(composed)))
+    warn([job])  # of the host that the launcher has chosen
+    train_all([job])
 
 
 if __name__ == "__main__":

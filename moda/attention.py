@@ -165,12 +165,14 @@ def check_sequence(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -
 
 
 def check_tensors(**arguments: object) -> None:
-    """Raise TypeError, with the argument's name in it, for what is no tensor."""
+    """Raise TypeError, with the argument's name in it, for what is no tensor, ValueError for one that is not dense."""
     for name, argument in arguments.items():
         if not isinstance(argument, Tensor):
             how = "torch.stack, if it holds tensors, or " if isinstance(argument, list | tuple) else ""
             kind = type(argument).__name__
             raise TypeError(f"{name} must be a tensor, got {kind}: convert it with {how}torch.as_tensor.")
+        if argument.layout is not torch.strided or argument.is_nested:
+            raise ValueError(f"{name} must be a dense tensor, got layout {argument.layout}: convert or pad it.")
 
 
 def check_backend(backend: object) -> None:
@@ -195,6 +197,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
         raise ValueError("scale is an integer that no float can hold: use a number of the size of head_dim ** -0.5.")
     if not torch.compiler.is_compiling():
         operators.check_scale(scale)
+        scale = float(scale)  # Triton takes no other number
     return scale
 
 

@@ -11,20 +11,41 @@ backward apart, without keeping scores for backward:
     dq = dq_s + sum_j ds_j k_j * scale,  dk_j = ds_j q * scale,  dv_j = p_j do,  the last two summed over the G query
     heads of a kv head; dq_s, dk, dv of the sequence follow the same formulas from the joint o and lse.
 
-Arithmetic is in fp32 (float64 for float64 inputs); outputs have the dtype of the queries. Where there are fewer queries
-than keys of the sequence, they are those of its last tokens.
+Arithmetic is in fp32 (float64 for float64 inputs), under autocast too; outputs have the dtype of the queries. Where
+there are fewer queries than keys of the sequence, they are those of its last tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from moda.readers import Gradients, Readers
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 Slots = list[tuple[Tensor, Tensor]]  # ranges of keys and values [slots, batch, time, kv_heads, head_dim]
 
 QUERY_CHUNK = 512  # queries whose scores exist at one time: bounds the transient memory, skips most of the masked half
+
+
+def in_own_dtypes(function: Callable[P, R]) -> Callable[P, R]:
+    """Without autocast, which would round the factors of products, in a registered operator and its backward too."""
+
+    @wraps(function)
+    def run(*arguments: P.args, **options: P.kwargs) -> R:
+        device = next(x for x in arguments if isinstance(x, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):  # as on meta
+            return function(*arguments, **options)
+        with torch.autocast(device, enabled=False):
+            return function(*arguments, **options)
+
+    return run
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -178,6 +199,7 @@ def explain(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> str:
     return "plain PyTorch operations"
 
 
+@in_own_dtypes
 def joint_forward(
     q: Tensor, k: Tensor, v: Tensor, slots: Slots, scale: float, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -188,6 +210,7 @@ def joint_forward(
     return o.to(q.dtype), lse
 
 
+@in_own_dtypes
 def joint_backward(
     do: Tensor,
     q: Tensor,
@@ -205,6 +228,7 @@ def joint_backward(
     return dq, dk, dv, [depth_backward_slots(do, q, *pair, lse, delta, scale) for pair in slots]
 
 
+@in_own_dtypes
 def reader_backward(
     do: Tensor,
     q: Tensor,
@@ -226,6 +250,7 @@ def reader_backward(
     return dq, dk, dv
 
 
+@in_own_dtypes
 def pull(
     readers: Readers,
     layers: range,

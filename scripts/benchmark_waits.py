@@ -89,6 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--out {options.out} holds a run already: give a new folder.")
         paths = [f"data.path={options.data.resolve()}", f"run.dir={options.out.resolve() / 'run'}"]
         batch = f"training.global_batch_size={8 * int(os.environ.get('WORLD_SIZE', '1'))}"
+        if resumed := [given for given in options.overrides if given.lstrip("+").startswith("checkpoint.resume=")]:
+            raise ConfigError(f"{resumed[0]} cannot be used: steps begin with new weights here, so leave it out.")
         measure(["model=moda_700m", batch, *options.overrides, *RUN, *paths], options.out)
     except BrokenPipeError:
         raise

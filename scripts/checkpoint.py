@@ -166,6 +166,8 @@ def copy_(options: argparse.Namespace) -> int:
         )
     if not options.file.absolute().parent.is_dir():
         raise ConfigError(f"{options.file} cannot be written (there is no such folder): name another file.")
+    if not os.access(options.file.absolute().parent, os.W_OK):  # before all is read
+        raise ConfigError(f"{options.file} cannot be written (no access to its folder): name another file.")
     with held(path):
         state = verify(path).state
         chosen = {
@@ -183,7 +185,9 @@ def copy_(options: argparse.Namespace) -> int:
     except (SafetensorError, OSError) as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise ConfigError(f"{options.file} cannot be written ({error}): name a file where there is room.") from error
+        raise ConfigError(
+            f"{options.file} cannot be written ({error}): name a file where there is room and access."
+        ) from error
     print(f"{options.file}: {len(chosen)} tensors of step {state.step:,}, {options.file.stat().st_size / 1e6:,.1f} MB")
     return 0
 

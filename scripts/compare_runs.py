@@ -13,6 +13,8 @@ import argparse
 import math
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ from scripts.training_benchmark.process import (
 from training.compose import plan
 from training.config import Config
 from training.metrics import Record, read_metrics
-from training.preflight import preflight
+from training.preflight import on_gpu, preflight
 
 LINES = 10  # steps of the printed table, about
 WARMUP = 10  # steps: runs of a learning rate near 0 would be alike, whatever they compute
@@ -82,10 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         try:
             # First, so that what is given wins. The configurations' own batches are those of long runs.
-            size = math.lcm(*(micro_batches(configured(both, side), side.gpus) for side in sides))
+            size = math.lcm(*(micro_batches(configured(both, side, folder), side.gpus) for side in sides))
             both.insert(0, f"training.global_batch_size={size}")
             for side in sides:  # both before the first takes its time
-                check(configured(both, side), side, options.steps)
+                check(configured(both, side, folder), side, options.steps)
         except (ConfigError, DataError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
@@ -126,10 +128,10 @@ class Side(NamedTuple):
     gpus: int
 
 
-def configured(both: list[str], side: Side) -> Config:
-    """The configuration of a run. Raises ConfigError, also where it names a run directory."""
+def configured(both: list[str], side: Side, folder: str) -> Config:
+    """The configuration of a run in `folder`. Raises ConfigError, also for what such a run has no use for."""
     try:
-        return plan(train_arguments([*both, *side.own], Path("run"))).jobs[0].config
+        return plan(train_arguments([*both, *side.own], Path(folder) / side.name)).jobs[0].config
     except (ConfigError, StepsFailed) as error:
         raise ConfigError(f"run {side.name}: {error}") from error
 
@@ -153,9 +155,18 @@ def check(config: Config, side: Side, steps: int) -> None:
                 f"training.{key}={last} ends the run before --steps {steps} are recorded: use training.{key}="
                 f"{steps + 1} or more, or fewer --steps."
             )
-        preflight(config)
+        if on_gpu(config):  # what it keeps of a GPU ends with its process
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                pool.submit(preflight, config, say).result()
+        else:
+            preflight(config, say)
     except (ConfigError, DataError, ValueError) as error:
         raise ConfigError(f"run {side.name}: {error}") from error
+
+
+def say(line: str) -> None:
+    """What takes long is told."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def common(a: list[Record], b: list[Record]) -> list[Pair]:

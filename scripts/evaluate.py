@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from data.remote import is_remote
 from data.shards import DataError, read_manifest
 from eval.perplexity import PerplexityEvaluator
 from models.config import ConfigError
@@ -92,6 +93,12 @@ def evaluate(options: argparse.Namespace) -> dict[str, float]:
     instances = config.evaluation.instances if options.instances is None else options.instances or None
     size = options.micro_batch_size or config.evaluation.micro_batch_size or config.training.micro_batch_size
     folders = validation_folders(data)
+    gone = [path for path in data.paths if not is_remote(path) and not Path(path).is_dir()]
+    if not folders and gone:
+        raise DataError(
+            f"{gone[0]}, where the data of {checkpoint} was, does not exist: bring it back, or name a prepared shards "
+            "directory with --data."
+        )
     if not folders:
         raise DataError(f"{shards} has no validation domains: name a prepared shards directory with --data.")
     for folder in folders.values():

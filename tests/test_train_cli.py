@@ -44,6 +44,11 @@ MISTAKES = [
     ("hydra.sweep.dirr=x", "unknown key `hydra.sweep.dirr`: did you mean `hydra.sweep.dir`?"),
     ("model=moda_7m", f"model=moda_7m does not exist: did you mean model=moda_700m? The options are {MODELS}."),
     ("model=null", f"model=null does not exist: the options are {MODELS}."),
+    (
+        "hydra/launcher=joblib",
+        "hydra/launcher=joblib is not installed: pip install hydra-joblib-launcher, or leave it out to run one job "
+        "after another.",
+    ),
     ("data=c5", "data=c5 does not exist: the options are c4, demo, files, mixture."),
     ("+sweep=norm_study", "+sweep=norm_study adds a key that exists already: write it without the +."),
     ("~optimizer.lr", "~optimizer.lr cannot be removed: give it a value."),

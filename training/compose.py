@@ -93,8 +93,14 @@ def job_config(composed: DictConfig) -> Config:
     """The `Config` of a job that one of Hydra's launchers has started, with the job's run directory."""
     settings = HydraConfig.get()
     config = _to_config(composed)
-    config.run.dir = str(Path(settings.sweep.dir) / settings.sweep.subdir)
+    _place(config, settings.sweep.dir, settings.sweep.subdir, config.run.name)
     return config
+
+
+def _place(config: Config, directory: str, subdir: str, first: str) -> None:
+    """The run directory of a job in the `directory` of a sweep, whose first job has the name `first`."""
+    config.run.dir = str(Path(directory) / subdir)
+    config.run.sweep_key = "run.name" if directory == f"sweeps/{first}" else "hydra.sweep.dir"  # as in config.yaml
 
 
 def load_config(path: str | Path) -> Config:
@@ -231,7 +237,7 @@ def _sweep(name: str, configs: Path, overrides: list[Override], base: DictConfig
             composed.hydra.job.id = str(number)
         config = _to_config(composed)
         directory = directory or composed.hydra.sweep.dir  # one for all: run.name, its default, may itself be swept
-        config.run.dir = str(Path(directory) / composed.hydra.sweep.subdir)
+        _place(config, directory, composed.hydra.sweep.subdir, jobs[0].config.run.name if jobs else config.run.name)
         for other in jobs:
             if other.config.run.dir == config.run.dir:
                 raise ConfigError(
@@ -300,6 +306,11 @@ def _keys_of(kind: Any, prefix: str) -> dict[str, Any]:
 
 _KEYS = _keys_of(Config, "")
 _HYDRA_KEYS = {"hydra": HydraConf, **_keys_of(HydraConf, "hydra.")}
+_LAUNCHERS = {  # of Hydra, in packages of their own
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+}
 _CHOSEN_ONLY = ("experiment", "sweep")  # groups whose options set keys of other sections
 
 
@@ -395,6 +406,9 @@ def _unknown_key(key: str) -> str:
 
 
 def _unknown_option(group: str, name: str, options: list[str]) -> str:
+    if group == "hydra/launcher" and name in _LAUNCHERS:
+        package = _LAUNCHERS[name]
+        return f"{group}={name} is not installed: pip install {package}, or leave it out to run one job after another."
     near = difflib.get_close_matches(name, options, n=1)
     guess = f"did you mean {group}={near[0]}? The" if near else "the"
     return f"{group}={name} does not exist: {guess} options are {', '.join(sorted(options)) or 'none'}."

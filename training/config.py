@@ -50,11 +50,12 @@ class RunConfig:
     name: str = "run"  # label in logs, reports and wandb; the default run directory is named after it
     dir: str = "runs/run"  # everything the run leaves: configuration, metrics, checkpoints, plot
 
+    sweep_key = ""  # no field, as it is not for the user: of a job of a sweep, the key that places all of them
+
     @property
     def placed_by(self) -> str:
-        """The key to change for another run directory: `run.name` where that names it, else `run.dir`."""
-        by_name = self.dir == f"runs/{self.name}" or self.dir.startswith("sweeps/")  # as in configs/config.yaml
-        return "run.name" if by_name else "run.dir"
+        """The key to change for another run directory: `run.name` where that names it, as in configs/config.yaml."""
+        return self.sweep_key or ("run.name" if self.dir == f"runs/{self.name}" else "run.dir")
 
     def validate(self) -> None:
         """Raise `ConfigError` for the first value that cannot be used."""

@@ -10,7 +10,7 @@ import os
 import resource
 from collections.abc import Mapping
 
-# With what each costs, where it is set to anything but nothing and 0.
+# What each costs, where its library takes it for set.
 COSTLY = {
     "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
     "NCCL_P2P_DISABLE": "GPUs of a host talk through its memory, not over NVLink",
@@ -21,9 +21,15 @@ COSTLY = {
     "TORCH_COMPILE_DISABLE": "nothing is compiled",
     "TORCHDYNAMO_DISABLE": "nothing is compiled",
     "TRITON_INTERPRET": "Triton kernels run in Python",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor is a call of the driver",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "every tensor is a call of the driver, and memory/peak_gb is not to be trusted",
 }
-HARMLESS = {"NCCL_DEBUG": ("VERSION", "WARN"), "TORCH_DISTRIBUTED_DEBUG": ("OFF",)}  # values that cost nothing
+ONLY = {  # values that count; of the others all do but nothing and 0
+    "TORCH_COMPILE_DISABLE": ("1",),
+    "TORCHDYNAMO_DISABLE": ("1",),
+    "TRITON_INTERPRET": ("1", "true", "yes", "on", "y"),
+    "TORCH_DISTRIBUTED_DEBUG": ("info", "detail"),
+    "NCCL_DEBUG": ("info", "abort", "trace"),
+}
 CORES = 2  # of a rank: its loop, and the threads that load, save and compile beside it
 
 
@@ -32,7 +38,10 @@ def environment_warnings(environment: Mapping[str, str] = os.environ) -> list[st
     found = []
     for name, cost in COSTLY.items():
         value = environment.get(name, "")
-        if value not in ("", "0") and value.upper() not in HARMLESS.get(name, ()):
+        counts = value.lower() in ONLY[name] if name in ONLY else value not in ("", "0")
+        if name == "PYTORCH_NO_CUDA_MEMORY_CACHING":
+            counts = name in environment  # PyTorch looks at nothing else
+        if counts:
             found.append(f"{name}={value} is set, so {cost}: unset it for runs that are to be fast")
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) / (1 if _has_own_cores(environment) else ranks)

@@ -94,7 +94,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     path = own = _newest(run_dir, locked, watch, key)
     if resume != "auto":
         source = run_of(Path(resume)).resolve()  # a run, or a checkpoint
-        given = path if path is not None and source == run_dir.resolve() else newest_marked(source).resolve()
+        given = path if path is not None and source == run_dir.resolve() else _given(source, run_dir, key)
         began = None if path is None else read_marker(path).state.begun_from
         continues = began is not None and (began == str(given) or Path(began).parent == (source / FOLDER).resolve())
         if not continues:  # else what it began with may be deleted since
@@ -133,12 +133,14 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
                 f"training.steps={config.training.steps} lies before step {saved.step}, which {path} has come to: use "
                 f"that or more, or another {key}."
             )
-        if own is None and saved.step >= config.training.last_step:  # a run of its own, without a step
-            later = "training.steps with checkpoint.allow_changes=[training.steps]"
+        limits = {"training.stop_at": config.training.stop_at, "training.steps": config.training.steps}
+        reached = [limit for limit, step in limits.items() if step is not None and step <= saved.step]
+        if own is None and reached:  # a run of its own, without a step
+            allowed = ",".join(sorted({*config.checkpoint.allow_changes, "training.steps"}))
+            permitted = f" with checkpoint.allow_changes=[{allowed}]" if "training.steps" in reached else ""
             raise ConfigError(
                 f"checkpoint.resume={resume} has come to step {saved.step} already, so there is none to make: give a "
-                f"higher {later if saved.step == config.training.steps else 'training.stop_at'}, or a checkpoint "
-                "before it."
+                f"higher {' and '.join(reached)}{permitted}, or a checkpoint before it."
             )
         stream = open_stream(config)
         if DATA not in config.checkpoint.allow_changes:
@@ -151,6 +153,24 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     else:
         check_allowed(config, flatten(resolved(config)))
     return path
+
+
+def _given(source: Path, run_dir: Path, key: str) -> Path:
+    """The newest checkpoint of the run `source`, or `source` itself; after a start without checkpoints its own again.
+
+    Raises ConfigError where that is gone.
+    """
+    newest = newest_marked(source).resolve()
+    starts = entries(run_dir)
+    if not starts or not starts[-1]["step"] or newest == source:
+        return newest
+    begun = newest.with_name(f"step-{starts[-1]['step']}")
+    if begun != newest and not find_checkpoints(run_dir) and not (begun / MARKER).exists():
+        raise ConfigError(
+            f"checkpoint.resume={source} has come to {newest.name}, and the run in {run_dir} has begun with "
+            f"{begun.name}, which is gone: set another {key} to begin with the newer one."
+        )
+    return begun if not find_checkpoints(run_dir) else newest
 
 
 def _check_given(path: Path, resume: str) -> None:

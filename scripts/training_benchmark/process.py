@@ -17,7 +17,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 900  # seconds
 
 # A run of which nothing but steps is wanted; logging is on, and reads the loss every ten steps as by default.
@@ -29,6 +28,10 @@ QUIET = [
     "logging.wandb.mode=disabled",
 ]
 
+REFUSED = {
+    "run.dir": "the run directory is one of this script's own",
+    "checkpoint.resume": "steps begin with new weights here",
+}
 
 LAUNCHER = "torch.distributed.elastic"  # torchrun's own words on a rank that failed say nothing of why
 
@@ -76,9 +79,7 @@ def run_steps(
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus)]
     command = [sys.executable, *(torchrun if gpus > 1 else []), str(Path(__file__).with_name("measure.py"))]
     command += [str(result), str(steps), str(time.time()), *whole]
-    process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with process, killed_on_error(process):
         try:
             printed, errors = process.communicate(timeout=timeout)
@@ -90,9 +91,10 @@ def run_steps(
 
 
 def train_arguments(overrides: Sequence[str], folder: Path) -> list[str]:
-    """Arguments of train.py for steps in `folder`. Raises StepsFailed for overrides that name another run directory."""
-    if own := [override for override in overrides if override.lstrip("+").startswith("run.dir=")]:
-        raise StepsFailed(f"{own[0]} cannot be used: the run directory is one of this script's own.", "")
+    """Arguments of train.py for steps in `folder`. Raises StepsFailed for overrides that such steps have no use for."""
+    for key, why in REFUSED.items():
+        if own := [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]:
+            raise StepsFailed(f"{own[0]} cannot be used: {why}, so leave it out.", "")
     return [*QUIET, f"run.dir={folder / 'run'}", *overrides]
 
 

@@ -1,10 +1,12 @@
 """`moda.attention` against the definition in float64: outputs, log-sum-exp and all five gradients, to 1e-12."""
 
+import contextlib
 import itertools
 import math
 import re
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy
@@ -228,10 +230,44 @@ def test_options_of_another_type_get_one_sentence(options, words):
             call()
 
 
-@pytest.mark.parametrize("scale", [1, numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1)], ids=repr)
+@pytest.mark.parametrize(
+    "scale", [1, numpy.float32(0.5), numpy.float64(0.5), numpy.int64(1), Fraction(1, 2), 10**30], ids=repr
+)
 def test_a_scale_is_any_real_number(scale):
-    inputs = random_case(1, 6, 1, 1, 16, 2)
-    assert torch.equal(moda.attention(*inputs, scale=scale), moda.attention(*inputs, scale=float(scale)))
+    q, k, v, *slots = (x.detach() for x in random_case(1, 6, 1, 1, 16, 2))
+    assert torch.equal(
+        moda.attention(q, k, v, *slots, scale=scale), moda.attention(q, k, v, *slots, scale=float(scale))
+    )
+    stream = moda.DepthStream(2, 1, 6, 1, 16, slots_per_layer=1, dtype=q.dtype, device="cpu")
+    outs = []
+    for given in (scale, float(scale)):
+        _, _, handle = stream.write(stream.start(), 0, 0, k, v)
+        outs.append(stream.attend(handle, 1, q, k, v, scale=given)[0])
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_autocast_changes_no_bit(dtype, backward_inside):
+    def results(autocast):
+        inputs = random_case(2, 65, 2, 2, 64, 7, dtype=dtype)
+        with autocast:
+            out, lse = moda.attention(*inputs, return_lse=True)
+        with autocast if backward_inside else contextlib.nullcontext():
+            return [out, lse, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    expected = results(contextlib.nullcontext())
+    got = results(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["q", "depth_k"])
+def test_a_tensor_that_is_not_dense_gets_one_sentence(name):
+    arguments = dict(zip(("q", "k", "v", "depth_k", "depth_v"), random_case(1, 4, 1, 1, 8, 2), strict=True))
+    nested = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=torch.jagged)
+    for tensor, layout in ((arguments[name].detach().to_sparse(), "sparse_coo"), (nested, "jagged")):
+        with pytest.raises(ValueError, match=rf"^{name} must be a dense tensor, got layout torch.{layout}: convert"):
+            moda.attention(**arguments | {name: tensor})
 
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf, 1e39, -2.4e38, numpy.float32("nan")], ids=repr)

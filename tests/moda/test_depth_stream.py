@@ -1,6 +1,7 @@
 """The depth stream against the plain definition in float64 (relative 1e-9): values, gradients, lifetimes, misuse."""
 
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -53,6 +54,23 @@ def test_layers_that_read_in_different_ways_are_pulled_apart():
     got = stack.gradients(loss_of(stack(x, call=call)))
     want = stack.gradients(loss_of(stack.definition(x, scales=scales)))
     assert_equal_gradients(got, want)
+
+
+@pytest.mark.parametrize("backward_inside", [True, False])
+def test_autocast_changes_no_bit(backward_inside):
+    def results(autocast):
+        k, v, q = torch.randn(3, 1, 33, 2, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        stream = moda.DepthStream(2, 1, 33, 2, 16, slots_per_layer=1, dtype=q.dtype, device="cpu")
+        with autocast:
+            k0, v0, handle = stream.write(stream.start(), 0, 0, k, v)
+            out, handle = stream.attend(handle, 1, q, k0, v0)
+            loss = stream.finish(handle, out).square().sum()
+        with autocast if backward_inside else nullcontext():
+            return [out, *torch.autograd.grad(loss, (q, k, v))]
+
+    expected = results(nullcontext())
+    got = results(torch.autocast("cpu", dtype=torch.bfloat16))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_tokens_decoded_one_by_one_equal_the_whole_sequence():

@@ -202,6 +202,10 @@ def test_a_checkpoint_is_not_pruned_as_a_run(saved, capsys):
 
 def test_a_copy_that_cannot_be_written_leaves_nothing_and_is_one_sentence(saved, tmp_path, monkeypatch, capsys):
     assert main(["copy", str(saved), str(tmp_path / "nowhere" / "new")]) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr("scripts.checkpoint.os.access", lambda path, mode: False)
+        patched.setattr("scripts.checkpoint.tensors", lambda path: pytest.fail("tensors were read"))
+        assert main(["copy", str(saved), str(tmp_path / "new")]) == 2
 
     def full(tensors, file, metadata):
         file.touch()
@@ -212,7 +216,7 @@ def test_a_copy_that_cannot_be_written_leaves_nothing_and_is_one_sentence(saved,
     printed = capsys.readouterr().err.splitlines()
     assert [line.startswith(f"error: {tmp_path}/") and "new cannot be written (" in line for line in printed] == [
         True
-    ] * 2
+    ] * 3
     assert list(tmp_path.iterdir()) == []
 
 

@@ -167,6 +167,7 @@ def test_without_a_gpu_a_model_is_refused_unless_the_cpu_is_asked_for(shards, mo
         (["--b", "training.stop_at=50"], "training.stop_at=50 ends the run before --steps 50 are recorded"),
         (["--gpus-b", "3"], "training.global_batch_size=4 is not divisible by"),
         (["--b", "run.dir=elsewhere"], "run.dir=elsewhere cannot be used"),
+        (["--b", "checkpoint.resume=runs/first"], "checkpoint.resume=runs/first cannot be used: steps begin with new"),
         (["--b", "parallel.attention_backend=joined"], "parallel.attention_backend=joined cannot be used"),
     ],
 )

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from scripts import evaluate
 from scripts.evaluate import main
 from tests.shards import tiny_config, write_shards
 from training.metrics import read_metrics
@@ -76,6 +77,21 @@ def test_what_cannot_be_evaluated_is_one_sentence(run_dir, tmp_path, capsys, arg
     other = write_shards(tmp_path / "other", tokenizer="1" * 64)
     assert main([a.format(run=run_dir, other=other) for a in arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_data_that_has_moved_is_named(run_dir, tmp_path, monkeypatch, capsys):
+    def moved(*arguments):
+        config = config_of_checkpoint(*arguments)
+        config.data.path = str(tmp_path / "moved")
+        return config
+
+    config_of_checkpoint = evaluate.config_of_checkpoint
+    monkeypatch.setattr(evaluate, "config_of_checkpoint", moved)
+    assert main([str(run_dir)]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/moved, where the data of {run_dir}/checkpoints/step-12 was, does not exist: bring it back, "
+        "or name a prepared shards directory with --data.\n"
+    )
 
 
 @pytest.mark.parametrize("which", ["", "checkpoints/step-12"])

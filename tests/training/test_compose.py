@@ -157,7 +157,11 @@ def test_a_sweep_is_the_product_in_order_with_numbered_directories():
         (["model=moda_tiny"], "run.name"),
         (["run.name=a/b"], "run.name"),
         (["run.dir=elsewhere", "run.name=first"], "run.dir"),
+        (["run.dir=sweeps/first"], "run.dir"),
         (["-m", "model=glob(*_tiny)"], "run.name"),
+        (["-m", "model=glob(*_tiny)", "run.name=a"], "run.name"),
+        (["-m", "run.name=a,b"], "run.name"),
+        (["-m", "model=glob(*_tiny)", "hydra.sweep.dir=sweeps/elsewhere"], "hydra.sweep.dir"),
     ],
 )
 def test_the_key_that_places_a_run_is_known(arguments, key):

@@ -183,6 +183,7 @@ def test_a_run_that_began_with_the_newest_of_another_continues_its_own_though_th
     [
         (None, 8, r"training\.steps with checkpoint\.allow_changes=\[training\.steps\], or a checkpoint before it\.$"),
         (5, 6, r"training\.stop_at, or a checkpoint before it\.$"),
+        (5, 8, r"training\.stop_at and training\.steps with checkpoint\.allow_changes=\[training\.steps\], or a"),
     ],
 )
 def test_a_new_run_that_would_make_no_step_is_refused_and_leaves_no_file(stop_at, done, remedy, run, shards, tmp_path):
@@ -191,6 +192,22 @@ def test_a_new_run_that_would_make_no_step_is_refused_and_leaves_no_file(stop_at
     with pytest.raises(ConfigError, match=rf"has come to step {done} already, .*: give a higher {remedy}"):
         train(config)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_where_it_began(run, shards, tmp_path):
+    """Though the run that it began from has gone on since."""
+    other = Path(run.run.dir) / "checkpoints"
+    (other / "step-8").rename(tmp_path / "step-8")
+    config = short(shards, tmp_path / "new", resume=run.run.dir)
+    config.training.stop_at = 7
+    train(config)
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    (tmp_path / "new" / "summary.json").unlink()
+    (tmp_path / "step-8").rename(other / "step-8")
+    assert choose_checkpoint(config) == other / "step-6"
+    shutil.rmtree(other / "step-6")
+    with pytest.raises(ConfigError, match=r"come to step-8, and the run in .* has begun with step-6, which is gone"):
+        choose_checkpoint(config)
 
 
 def test_fewer_steps_than_are_done_are_refused(run):
