@@ -94,7 +94,7 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     path = own = _newest(run_dir, locked, watch, key)
     if resume != "auto":
         source = run_of(Path(resume)).resolve()  # a run, or a checkpoint
-        given = path if path is not None and source == run_dir.resolve() else _given(source, run_dir, key)
+        given = path if path is not None and source == run_dir.resolve() else _given(source, run_dir, config)
         began = None if path is None else read_marker(path).state.begun_from
         continues = began is not None and (began == str(given) or Path(began).parent == (source / FOLDER).resolve())
         if not continues:  # else what it began with may be deleted since
@@ -155,22 +155,26 @@ def choose_checkpoint(config: Config, *, locked: bool = False, watch: Watch = UN
     return path
 
 
-def _given(source: Path, run_dir: Path, key: str) -> Path:
-    """The newest checkpoint of the run `source`, or `source` itself; after a start without checkpoints its own again.
+def _given(source: Path, run_dir: Path, config: Config) -> Path:
+    """The newest checkpoint of the run `source`, or `source` itself.
 
-    Raises ConfigError where that is gone.
+    A run directory that has begun with one, and has none of its own, begins with that again, by the same command.
+    Raises ConfigError where it is gone.
     """
-    newest = newest_marked(source).resolve()
+    newest, resume, key = newest_marked(source).resolve(), config.checkpoint.resume, config.run.placed_by
     starts = entries(run_dir)
-    if not starts or not starts[-1]["step"] or newest == source:
+    if newest == source or not starts or not (run_dir / "config.yaml").exists() or find_checkpoints(run_dir):
         return newest
-    begun = newest.with_name(f"step-{starts[-1]['step']}")
-    if begun != newest and not find_checkpoints(run_dir) and not (begun / MARKER).exists():
+    first, before = starts[0]["step"], _begun_with(run_dir, key).get("checkpoint", {}).get("resume")
+    begun = newest.with_name(f"step-{first}")
+    if not first or before != resume or begun == newest:
+        return newest
+    if not (begun / MARKER).exists():
         raise ConfigError(
-            f"checkpoint.resume={source} has come to {newest.name}, and the run in {run_dir} has begun with "
+            f"checkpoint.resume={resume} has come to {newest.name}, and the run in {run_dir} has begun with "
             f"{begun.name}, which is gone: set another {key} to begin with the newer one."
         )
-    return begun if not find_checkpoints(run_dir) else newest
+    return begun
 
 
 def _check_given(path: Path, resume: str) -> None:

@@ -205,6 +205,11 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_where_it
     (tmp_path / "new" / "summary.json").unlink()
     (tmp_path / "step-8").rename(other / "step-8")
     assert choose_checkpoint(config) == other / "step-6"
+    shutil.copytree(run.run.dir, tmp_path / "third")
+    another = short(shards, tmp_path / "new", resume=str(tmp_path / "third"))
+    another.training.stop_at, another.training.steps = None, 12
+    another.checkpoint.allow_changes = ["training.steps"]
+    assert choose_checkpoint(another) == tmp_path / "third" / "checkpoints" / "step-8", "of another run the newest"
     shutil.rmtree(other / "step-6")
     with pytest.raises(ConfigError, match=r"come to step-8, and the run in .* has begun with step-6, which is gone"):
         choose_checkpoint(config)
