@@ -30,6 +30,7 @@ from models.config import ConfigError
 from scripts.console import run
 from scripts.training_benchmark import waits
 from scripts.training_benchmark.measure import StepTimer
+from scripts.training_benchmark.process import refusal
 from training.compose import plan
 from training.config import TrainingError
 from training.distributed import World, distributed_world
@@ -42,8 +43,7 @@ from training.watchdog import Watchdog
 # Steps that count are those after the record of step BEGIN, to that of step END; both wait for the device.
 BEGIN, END, EVERY = 20, 110, 10
 TRACED_FROM = BEGIN - 2  # the profiler takes a while to start
-# Evaluations at steps 50 and 100; a checkpoint at 104, which is not waited for before step 115. Overrides change none
-# of these.
+# Evaluations at steps 50 and 100; a checkpoint at 104, which is not waited for before step 115.
 RUN = [
     "training.steps=1000",
     "schedule.warmup_steps=100",
@@ -53,6 +53,8 @@ RUN = [
     f"logging.every={EVERY}",
     "logging.wandb.mode=disabled",
 ]
+FIXED = {setting.partition("=")[0]: "the measurement depends on it" for setting in RUN}
+FIXED["data.path"] = "--data names the shards"
 
 
 class HostTimes:
@@ -89,8 +91,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--out {options.out} holds a run already: give a new folder.")
         paths = [f"data.path={options.data.resolve()}", f"run.dir={options.out.resolve() / 'run'}"]
         batch = f"training.global_batch_size={8 * int(os.environ.get('WORLD_SIZE', '1'))}"
-        if resumed := [given for given in options.overrides if given.lstrip("+").startswith("checkpoint.resume=")]:
-            raise ConfigError(f"{resumed[0]} cannot be used: steps begin with new weights here, so leave it out.")
+        if sentence := refusal(options.overrides, FIXED):
+            raise ConfigError(sentence)
         measure(["model=moda_700m", batch, *options.overrides, *RUN, *paths], options.out)
     except BrokenPipeError:
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import write_atomically
-from scripts.kernel_benchmarks import baselines, depth, ladder, stream, tables, timing
+from scripts.kernel_benchmarks import baselines, depth, ladder, overlap, stream, tables, timing
 from scripts.kernel_benchmarks.goals import goals
 from scripts.kernel_benchmarks.joint import JointBenchmark
 
@@ -17,6 +17,7 @@ PARTS = {  # name: seconds it takes on an H200, about
     "table2": 70,
     "over-sequence": 5,
     "depth": 15,
+    "overlap": 40,
     "stream": 15,
     "memory": 25,
     "ladder": 60,
@@ -35,6 +36,7 @@ def run(names: Sequence[str], folder: Path, command: str, tutorial: Path | None 
         "table2": joint.table2,
         "over-sequence": joint.over_sequence,
         "depth": depth.measure,
+        "overlap": overlap.measure,
         "stream": stream.measure,
         "memory": stream.measure_memory,
         "ladder": ladder.measure,

@@ -12,6 +12,7 @@ TITLES = {
     "table2": "Table 2 of the paper: forward and backward",
     "over-sequence": "Over attention without depth",
     "depth": "The depth kernels alone",
+    "overlap": "Both parts at the same time",
     "stream": "The depth stream in a step of the 700M model",
     "memory": "Peak memory of a stack of attention layers",
     "ladder": "Table 7 of the paper: layouts of the slots",
@@ -32,6 +33,7 @@ def render(name: str, part: dict[str, Any]) -> str:
         "table2": _table2,
         "over-sequence": _over_sequence,
         "depth": _depth,
+        "overlap": _overlap,
         "stream": _stream,
         "memory": _memory,
         "ladder": _ladder,
@@ -141,6 +143,26 @@ def _depth(part: dict[str, Any]) -> str:
         f"plain copy, which runs at {part['copy'] / 1e12:.2f} TB/s."
     )
     return "\n\n".join([note, markdown(["tokens, G, slots", *(titles[name] for name in names)], rows)])
+
+
+def _overlap(part: dict[str, Any]) -> str:
+    names = list(part["rows"][0]["forward"]) if part["rows"] else []
+    rows = []
+    for row in part["rows"]:
+        for direction in ("forward", "backward"):
+            times = row[direction]
+            fastest, first = min(times, key=times.get), times[names[0]]
+            saved = first - times[fastest]
+            best = f"{_ms(saved)} ms, {100 * saved / first:.1f} %, {fastest}" if saved > 0 else "nothing"
+            sizes = [str(row["time"]), str(row["group"]), str(row["slots"]), direction]
+            rows.append([*sizes, *(_ms(times[name]) for name in names), best])
+    note = (
+        "ms, B = 1, bf16, 8 kv heads of 64. `in turn`: the kernels over the sequence, then the depth kernel, as in "
+        "`joined`. Else the depth kernel in a stream of its own, in one of high priority, or in a green context, a "
+        "partition of multiprocessors (SMs), with outputs of its own; what merging them would take is left out."
+    )
+    left_out = [f"{name} was left out: {reason}." for name, reason in part["failed"].items()]
+    return "\n\n".join([note, markdown(["T", "G", "L", "", *names, "saved at most"], rows), *left_out])
 
 
 def _stream(part: dict[str, Any]) -> str:

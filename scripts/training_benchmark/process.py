@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -92,10 +92,20 @@ def run_steps(
 
 def train_arguments(overrides: Sequence[str], folder: Path) -> list[str]:
     """Arguments of train.py for steps in `folder`. Raises StepsFailed for overrides that such steps have no use for."""
-    for key, why in REFUSED.items():
-        if own := [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]:
-            raise StepsFailed(f"{own[0]} cannot be used: {why}, so leave it out.", "")
+    if sentence := refusal(overrides):
+        raise StepsFailed(sentence, "")
     return [*QUIET, f"run.dir={folder / 'run'}", *overrides]
+
+
+def refusal(overrides: Sequence[str], more: Mapping[str, str] | None = None) -> str | None:
+    """What to say of the first override that measured steps have no use for, None where there is none.
+
+    `more`: further keys, and why, in the way of REFUSED.
+    """
+    for key, why in {**REFUSED, **(more or {})}.items():
+        if own := [override for override in overrides if override.lstrip("+").startswith(f"{key}=")]:
+            return f"{own[0]} cannot be used: {why}, so leave it out."
+    return None
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 from moda import reference
-from scripts.kernel_benchmarks import baselines, depth, joint, ladder, session, stream, timing
+from scripts.kernel_benchmarks import baselines, depth, joint, ladder, overlap, session, stream, timing
 
 
 @pytest.mark.parametrize("kernel", depth.KERNELS)
@@ -16,6 +16,21 @@ def test_depth_kernels_run_at_every_group(kernel):
 
 def test_a_copy_has_a_plausible_speed():
     assert 1e11 < timing.copy_speed() < 2e13
+
+
+def test_both_parts_at_the_same_time_give_what_they_give_in_turn():
+    sides, failed = overlap._sides()
+    assert {"two streams", "high priority"} <= sides.keys(), failed
+    for sequence, of_slots in overlap.prepare(512, 2, 3).values():
+        want = [x.clone() for x in overlap._in_turn(sequence, of_slots)]
+        for name, side in sides.items():
+            got = overlap._at_once(sequence, of_slots, *side)
+            torch.testing.assert_close(got, tuple(want), msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_attempts_to_overlap_are_timed_forward_and_backward():
+    (row,) = overlap.measure(lambda _: None, cases=((512, 2, 3),))["rows"]
+    assert all(0 < ms < 50 for direction in ("forward", "backward") for ms in row[direction].values())
 
 
 def test_sequence_kernels_that_are_found_are_timed():

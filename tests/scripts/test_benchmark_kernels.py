@@ -19,6 +19,7 @@ from scripts.kernel_benchmarks import (
     goals,
     joint,
     ladder,
+    overlap,
     page,
     paper,
     picture,
@@ -46,6 +47,12 @@ def joint_row(time, group, slots, auto=8.0):
     )
 
 
+def overlap_row(time, group, slots):
+    row = {"time": time, "group": group, "slots": slots}
+    times = {"in turn": 2.0, "two streams": 1.9, "32 SMs": 1.8}
+    return row | {"forward": times | {"32 SMs": 2.1, "two streams": 2.2}, "backward": times}
+
+
 def some_results():
     """Results of every part, with one kernel that ran out of memory."""
     rows = [joint_row(*case, auto=6.0 + index / 8) for index, case in enumerate(joint.ROWS)]
@@ -71,6 +78,7 @@ def some_results():
                 "copy": 4.27e12,
                 "rows": [{**p._asdict(), "readers": p.readers, "kernels": kernels} for p in depth.PROBLEMS],
             },
+            "overlap": {"rows": [overlap_row(*case) for case in overlap.CASES], "failed": {"96 SMs": "no such thing"}},
             "stream": {"shape": vars(shape), "with_depth_ms": 180.0, "plain_ms": 110.0, "kernels": listed},
             "memory": {"time": 4096, "rows": memory, "fits": stream.fits(memory), "failed": []},
             "ladder": {"rows": [{"step": step, "ms": 2.0, "error": 1e-3} for step in ladder.STEPS]},
@@ -288,6 +296,10 @@ def test_tables_show_figures_ratios_and_failures():
         "over-sequence", parts["over-sequence"]
     )
     assert "1.000 ms, 4.10 TB/s (96 %), 32 readers" in tables.render("depth", parts["depth"])
+    overlapped = tables.render("overlap", parts["overlap"])
+    assert "| 4096 | 8 | 64 | forward | 2.000 | 2.200 | 2.100 | nothing |" in overlapped
+    assert "| 4096 | 8 | 64 | backward | 2.000 | 1.900 | 1.800 | 0.200 ms, 10.0 %, 32 SMs |" in overlapped
+    assert "96 SMs was left out: no such thing." in overlapped
     assert "**70.0 ms** of depth. By the profiler: 22.0 ms in the depth kernels, 7.5 ms more" in tables.render(
         "stream", parts["stream"]
     )

@@ -85,3 +85,18 @@ def test_a_folder_with_a_run_is_left_alone(shards, tmp_path, capsys, monkeypatch
     (tmp_path / "run").mkdir()
     assert main(["--data", str(shards), "--out", str(tmp_path)]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("checkpoint.resume=DIR", "steps begin with new weights here"),
+        ("+run.dir=DIR", "the run directory is one of this script's own"),
+        ("evaluation.every=20", "the measurement depends on it"),
+        ("data.path=DIR", "--data names the shards"),
+    ],
+)
+def test_an_override_without_effect_is_refused(shards, tmp_path, monkeypatch, capsys, override, reason):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert main(["--data", str(shards), "--out", str(tmp_path), override]) == 2
+    assert f"error: {override} cannot be used: {reason}, so leave it out." in capsys.readouterr().err
