@@ -118,7 +118,11 @@ def tell_others(sentence: str) -> None:
     """Let the other ranks end with the `sentence` for which this one cannot start, instead of waiting for it."""
     from training.rendezvous import presence
 
-    if not presence().refuse(sentence) and not SPEAKS:
+    try:
+        told = presence().refuse(sentence)
+    except ConfigError:  # the environment does not say where they are
+        told = False
+    if not told and not SPEAKS:
         with suppress(OSError):
             print(f"error: {sentence}", file=sys.stderr, flush=True)  # for want of a rank that would
 

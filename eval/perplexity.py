@@ -67,7 +67,7 @@ class PerplexityEvaluator:
         Ranks compute equally many batches, since a sharded model gathers weights together; all return the result.
         `stop` is asked before each batch, and must say the same on all ranks: when it is true, the result is None. It
         is told why this rank cannot read its batches, or None; where that is no reason to stop, `DataError` is raised.
-        `done` is told after each batch how many instances all ranks took, rows that only fill a rank up among them.
+        `done` is told after each batch how many instances all ranks took.
         """
         metrics: dict[str, float] = {}
         losses = []
@@ -81,13 +81,16 @@ class PerplexityEvaluator:
                 if stop(why):  # the others are about to ask before their first batch
                     return None
                 raise DataError(why) from error
+            left = self._size(dataset)
             for rows in batches:
                 if stop(None):
                     return None
                 batch = micro_batch(rows, eos_id, weight=1.0).to(device)
                 count = (batch.targets >= 0).sum()
                 total += torch.stack((model(*batch[:3]).cross_entropy.double() * count, count))
-                done(len(rows) * self.world_size)
+                taken = min(left, len(rows) * self.world_size)
+                left -= taken
+                done(taken)
             nats, count = self.reduce(total).tolist()
             loss = nats / count
             losses.append(loss)
@@ -105,15 +108,17 @@ class PerplexityEvaluator:
         return len(dataset) if self.instances is None else min(self.instances, len(dataset))
 
     def _batches(self, dataset: TokenDataset) -> list[np.ndarray]:
-        """This rank's batches, [rows, sequence_length + 1]; rows of -1 fill up a rank that has fewer."""
+        """This rank's batches, [micro_batch_size, sequence_length + 1]; rows of -1 fill up the last, or a rank.
+
+        All have one size: each would be a graph of its own where the model is compiled, and after eight of a function
+        PyTorch compiles no more of it, for training neither.
+        """
         size = self._size(dataset)
         rows = -(-size // self.world_size)  # of every rank
+        empty = np.full(dataset.sequence_length + 1, -1, dtype=np.int64)
         batches = []
         for start in range(0, rows, self.micro_batch_size):
-            indices = [
-                row * self.world_size + self.rank for row in range(start, min(start + self.micro_batch_size, rows))
-            ]
-            empty = np.full(dataset.sequence_length + 1, -1, dtype=np.int64)
+            indices = [row * self.world_size + self.rank for row in range(start, start + self.micro_batch_size)]
             batches.append(np.stack([dataset[i] if i < size else empty for i in indices]))
         return batches
 

@@ -119,6 +119,7 @@ def explain(
     _check_depth(q, k, depth_k, depth_v)
     check_backend(backend)
     scale_of(q, scale)
+    refuse_tangents(q, k, v, depth_k, depth_v)
     operators.check_documents(q, cu_seqlens)
     chosen = choose_backend(backend, q, k, cu_seqlens)
     lines = [f"{chosen.__name__.rpartition('.')[2]}: {chosen.explain(q, k, cu_seqlens)}"]
@@ -193,8 +194,8 @@ def scale_of(q: Tensor, scale: float | None) -> float:
         raise TypeError(
             f"scale must be a number, as it gets no gradient, got {type(scale).__name__}: to learn a scale, multiply q."
         )
-    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
-        raise ValueError("scale is an integer that no float can hold: use a number of the size of head_dim ** -0.5.")
+    if isinstance(scale, Real) and not isinstance(scale, float) and abs(scale) > sys.float_info.max:
+        raise ValueError("scale is a number that no float can hold: use one of the size of head_dim ** -0.5.")
     if not torch.compiler.is_compiling():
         operators.check_scale(scale)
         scale = float(scale)  # Triton takes no other number

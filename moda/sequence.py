@@ -102,7 +102,8 @@ def backward(
     q, k, v = (_aligned(x) for x in (q, k, v))
     q, scale, sign = _positive(q, scale)
     kernel = choose(q, k, cu_seqlens, "backward")
-    dq, dk, dv = kernel.backward(do.contiguous(), q, k, v, o, lse, scale, _masks(q, cu_seqlens))
+    do = _aligned(do.contiguous())  # a slice of a larger gradient may begin anywhere
+    dq, dk, dv = kernel.backward(do, q, k, v, o, lse, scale, _masks(q, cu_seqlens))
     return (dq if sign == 1 else dq * sign).contiguous(), dk, dv
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,13 +20,14 @@ import torch
 
 from models.accounting import Memory, count_parameters, describe
 from models.config import ACTIVATION_CHECKPOINTING, ConfigError
+from models.cross_entropy import chunk_tokens
 from scripts.console import run
 from training.compose import plan
 from training.config import Config
 from training.memory_estimate import estimate
 from training.out_of_memory import USABLE
 
-PROBES = (4, 12)  # micro-batches that the growth is taken from
+LEAST_PROBE = 4  # the smaller of the two micro-batches that the growth is taken from, or larger
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,10 +66,14 @@ def on_gpu(config: Config, gpus: int, checkpointing: str | None = None) -> Memor
     return estimate(
         config,
         gpus,
-        compute_dtype=torch.float32 if config.training.precision == "fp32" else torch.bfloat16,
+        compute_dtype=_dtype(config),
         compiled=config.parallel.compile is not False,
         activation_checkpointing=checkpointing,
     )
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.float32 if config.training.precision == "fp32" else torch.bfloat16
 
 
 def sized(config: Config, gpus: int, micro_batch_size: int) -> Config:
@@ -79,14 +85,24 @@ def sized(config: Config, gpus: int, micro_batch_size: int) -> Config:
 
 
 def largest_that_fits(config: Config, gpus: int, checkpointing: str, capacity: float) -> int:
-    """Instances of the largest micro-batch, 0 for none: what is held at each moment of a step grows in proportion."""
-    fewer, more = (on_gpu(sized(config, gpus, size), gpus, checkpointing).moments for size in PROBES)
+    """Instances of the largest micro-batch, 0 for none.
+
+    What is held at each moment of a step grows in proportion to it, once the loss takes several chunks of tokens.
+    """
+    usable, widest = USABLE * capacity, chunk_tokens(sys.maxsize, config.model.padded_vocab_size, _dtype(config))
+    least = max(LEAST_PROBE, -(-widest // config.data.sequence_length))
+
+    def held_with(size: int) -> Memory:
+        return on_gpu(sized(config, gpus, size), gpus, checkpointing)
+
+    fewer, more = held_with(least), held_with(3 * least)
+    if fewer.total > usable:
+        return bisect_right(range(1, least), usable, key=lambda size: held_with(size).total)
     largest = math.inf
-    for moment, held in fewer.items():
-        growth = (more[moment] - held) / (PROBES[1] - PROBES[0])
-        room = USABLE * capacity - held
-        largest = min(largest, PROBES[0] + room / growth if growth else math.copysign(math.inf, room))
-    return math.floor(largest) if largest >= 1 else 0
+    for moment, held in fewer.moments.items():
+        growth = (more.moments[moment] - held) / (2 * least)
+        largest = min(largest, least + (usable - held) / growth if growth else math.inf)
+    return math.floor(largest)
 
 
 def _capacity(device_gb: float | None) -> float:

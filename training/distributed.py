@@ -7,7 +7,6 @@ other (multirun); each has a process group of its own.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from data.shards import DataError
 from models.accounting import peak_flops
 from models.config import ConfigError
 from training.config import TrainingError
+from training.environment import rank_variable
 from training.rendezvous import presence
 from training.startup import keep_compiled_kernels
 
@@ -117,11 +117,11 @@ def distributed_world(device: str, stopping: Callable[[], Signals | None] = lamb
     `stopping` returns the signal that asks to end the wait for other ranks, or None. Raises what `Presence.meet` does
     when not all ranks come, and ConfigError when they do not reach each other.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = rank_variable("RANK", 0), rank_variable("WORLD_SIZE", 1)
     kind = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     own = torch.device("cpu")
     if kind == "cuda":
-        own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        own = torch.device("cuda", rank_variable("LOCAL_RANK", 0))
         torch.cuda.set_device(own)
         keep_compiled_kernels(own.index)
     job = next(_jobs)  # jobs of one process share the store of the launcher

@@ -10,6 +10,8 @@ import os
 import resource
 from collections.abc import Mapping
 
+from models.config import ConfigError
+
 # What each costs, where its library takes it for set.
 COSTLY = {
     "CUDA_LAUNCH_BLOCKING": "every kernel is waited for",
@@ -31,6 +33,19 @@ ONLY = {  # values that count; of the others all do but nothing and 0
     "NCCL_DEBUG": ("info", "abort", "trace"),
 }
 CORES = 2  # of a rank: its loop, and the threads that load, save and compile beside it
+
+
+def rank_variable(name: str, otherwise: int) -> int:
+    """What a launcher says of this rank, such as WORLD_SIZE; `otherwise` where it says nothing.
+
+    Raises ConfigError for what is no number.
+    """
+    value = os.environ.get(name)
+    if value is None:
+        return otherwise
+    if not value.isdecimal():
+        raise ConfigError(f"{name}={value} in the environment is no number: start ranks with torchrun, or unset it.")
+    return int(value)
 
 
 def environment_warnings(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -24,7 +24,7 @@ class EvaluationProgress:
 
     def __call__(self, instances: int) -> None:
         """Count `instances` more."""
-        self._done = min(self._done + instances, self._size)
+        self._done += instances
         if self._clock.stepping < self._next or self._done == self._size:
             return
         speed = self._sequence_length / self._clock.lap(self._done)

@@ -20,6 +20,7 @@ from models.config import VOCAB_MULTIPLE, ConfigError
 from training.compose import Job
 from training.config import Config
 from training.data import open_stream, validation_folders, verify
+from training.environment import rank_variable
 
 
 def checked(job: Job, say: Callable[[str], None] = lambda line: None) -> Job:
@@ -28,7 +29,7 @@ def checked(job: Job, say: Callable[[str], None] = lambda line: None) -> Job:
     `say` gets a line for what takes long.
     """
     try:
-        job.config.validate(int(os.environ.get("WORLD_SIZE", "1")))
+        job.config.validate(rank_variable("WORLD_SIZE", 1))
         return replace(job, config=preflight(job.config, say))
     except (ConfigError, DataError) as error:
         if not job.label:
@@ -130,13 +131,14 @@ def _check_packages(config: Config) -> None:
 
 
 def _check_compiler(config: Config) -> None:
-    """PyTorch's compiler builds C++ for a CPU."""
-    if not config.parallel.compile or config.training.device != "cpu":
+    """PyTorch's compiler builds C++ for a CPU, with what CXX names or g++, no other."""
+    if not config.parallel.compile or on_gpu(config):
         return
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
         raise ConfigError(
-            "parallel.compile=true on a CPU needs a C++ compiler and there is none: install g++ or clang++, name one "
-            "with CXX, or set parallel.compile=false."
+            f"parallel.compile=true on a CPU needs a C++ compiler, and there is no {compiler}: install it, name "
+            "another with CXX, or set parallel.compile=false."
         )
 
 
@@ -151,7 +153,7 @@ def _check_devices(config: Config) -> None:
         return
     import torch
 
-    gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus, ranks = torch.cuda.device_count(), rank_variable("LOCAL_WORLD_SIZE", 1)
     if gpus == 0 and config.training.device == "cuda":
         raise ConfigError("training.device=cuda cannot be used: no CUDA device is visible, so use auto or cpu.")
     if gpus == 0 and config.logging.profile.memory:

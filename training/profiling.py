@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -39,8 +39,11 @@ class StepProfiler:
         self.folder, self.rank = run_dir / "profile", rank
 
     @contextmanager
-    def of_step(self, step: int) -> Iterator[None]:
-        """Profile what happens inside, if step number `step` is wanted; an exception inside leaves no file."""
+    def of_step(self, step: int, paused: Callable[[], AbstractContextManager[None]] = nullcontext) -> Iterator[None]:
+        """Profile what happens inside, if step number `step` is wanted; an exception inside leaves no file.
+
+        The files are written in a `paused()`, so that a clock leaves that out.
+        """
         if step not in self.steps:
             yield
             return
@@ -52,22 +55,26 @@ class StepProfiler:
                 stack.callback(torch.cuda.memory._record_memory_history, enabled=None)
             with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.cuda) as trace:
                 yield  # the end of the profile waits for the device
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                path = self.folder / f"step-{step}-rank-{self.rank}.json.gz"
-                trace.export_chrome_trace(str(path))
-                if is_trace(path):
-                    self.say(f"profile of step {step}: {path}")
-                else:  # the profiler writes to the temporary folder first, and raises nothing where that fails
-                    path.unlink()
-                    self._warn(
-                        f"the trace of step {step} could not be written: make room in {gettempdir()}, or name another "
-                        "folder with TMPDIR"
-                    )
-                if self.memory:
-                    torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
-            except OSError as error:  # what a run can do without does not end it
-                self._warn(f"{self.folder} cannot be written ({error.strerror or error}): step {step} has no profile")
+            with paused():
+                self._write(trace, step)
+
+    def _write(self, trace: profile, step: int) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"step-{step}-rank-{self.rank}.json.gz"
+            trace.export_chrome_trace(str(path))
+            if is_trace(path):
+                self.say(f"profile of step {step}: {path}")
+            else:  # the profiler writes to the temporary folder first, and raises nothing where that fails
+                path.unlink()
+                self._warn(
+                    f"the trace of step {step} could not be written: make room in {gettempdir()}, or name another "
+                    "folder with TMPDIR"
+                )
+            if self.memory:
+                torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-{step}-rank-{self.rank}.pickle"))
+        except OSError as error:  # what a run can do without does not end it
+            self._warn(f"{self.folder} cannot be written ({error.strerror or error}): step {step} has no profile")
 
     def _warn(self, text: str) -> None:
         """Every rank writes files of its own, but the console is the first one's."""

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from models.config import ConfigError
 from training.config import LostRankError
+from training.environment import rank_variable
 from training.processes import alive, number_space
 
 ARRIVAL = 120.0  # seconds without a word of a rank, after which it is missing
@@ -285,16 +286,17 @@ def presence() -> Presence:
     Raises ConfigError when the environment does not say where they meet.
     """
     environment = os.environ
-    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if not ("MASTER_ADDR" in environment and "MASTER_PORT" in environment):
+    size = rank_variable("WORLD_SIZE", 1)
+    if not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         raise ConfigError(
-            f"WORLD_SIZE={size} is set, and MASTER_ADDR and MASTER_PORT are not: start the ranks with torchrun, or "
-            "name there the host of rank 0 and a free port of it."
+            f"WORLD_SIZE={size} is set, and RANK, MASTER_ADDR and MASTER_PORT are not all: start the ranks with "
+            "torchrun, or name there each one's number, the host of rank 0 and a free port of it."
         )
+    rank = rank_variable("RANK", 0)
     hosts = rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     # The store of torchrun's agent outlives restarts; one that rank 0 makes does not.
     attempt = None if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "0"
-    return Presence(rank, size, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), hosts, attempt)
+    return Presence(rank, size, environment["MASTER_ADDR"], rank_variable("MASTER_PORT", 0), hosts, attempt)
 
 
 @contextmanager

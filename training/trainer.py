@@ -175,7 +175,7 @@ class Trainer:
         self.loader.prefetch(state.instances)
         save_due = False
         while state.step < self.last_step and not self._stopping(has_data=self._has_data()):
-            with self.profiler.of_step(state.step + 1):
+            with self.profiler.of_step(state.step + 1, self.clock.paused):
                 loss, grad_norm, lr = self._step(self.loader.batch(state.instances))
             state.step += 1
             state.instances += config.training.global_batch_size

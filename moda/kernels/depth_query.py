@@ -140,7 +140,7 @@ def forward_tensor(
     in_q = (g < G)[:, None] & (d < D)[None, :]
     at_q = g[:, None] * D + d[None, :]
     at_kv = j[:, None].to(tl.int64) * slot_stride + d[None, :]
-    step = slot_stride.to(tl.int64) * BLOCK
+    step = tl.cast(slot_stride, tl.int64) * BLOCK
     lse += lse_offsets(pid, g, time, kv_heads, lse_batch_stride, lse_time_stride, lse_head_stride, G)
     q += row * G * D
     o += row * G * D
@@ -319,7 +319,7 @@ def backward_tensor(
     at_q = at_rows[:, None] * D + d[None, :]
     at_lse = lse_offsets(pid * ROWS + i, g, time, kv_heads, lse_batch_stride, lse_time_stride, lse_head_stride, G)
     at_kv = j[:, None].to(tl.int64) * slot_stride + at_row[:, None] * D + d[None, :]
-    step = slot_stride.to(tl.int64) * BLOCK
+    step = tl.cast(slot_stride, tl.int64) * BLOCK
     keys += start * D
     values += start * D
 
@@ -340,7 +340,7 @@ def backward_tensor(
     acc = tl.zeros([ROWS * GP, DP], tl.float32)
     if SLOT_GRADIENTS:
         at_gradient = j[:, None].to(tl.int64) * gradient_stride + at_row[:, None] * D + d[None, :]
-        gradient_step = gradient_stride.to(tl.int64) * BLOCK
+        gradient_step = tl.cast(gradient_stride, tl.int64) * BLOCK
         dk += start * D
         dv += start * D
     for first in tl.range(0, slots, BLOCK, num_stages=STAGES):

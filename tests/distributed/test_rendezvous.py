@@ -160,13 +160,22 @@ def test_a_signal_ends_the_wait(ranks):
     assert ended.value.code == 143
 
 
-def test_an_environment_without_an_address_is_a_mistake(monkeypatch):
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set, and MASTER_ADDR and MASTER_PORT are not"):
+@pytest.mark.parametrize("missing", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_an_environment_without_an_address_or_a_rank_is_a_mistake(monkeypatch, missing):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv(missing)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set, and RANK, MASTER_ADDR and MASTER_PORT are not all"):
         presence()
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(shards, tmp_path, name):
+    variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", name: "%t"}
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(shards, tmp_path / "run")]
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, (tmp_path / "run").exists()) == (2, False)
+    assert done.stderr == f"error: {name}=%t in the environment is no number: start ranks with torchrun, or unset it.\n"
 
 
 def test_an_error_of_the_network_keeps_the_words_that_tell():

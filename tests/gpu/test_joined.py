@@ -37,6 +37,32 @@ def test_outputs_and_gradients_equal_the_definition_within_rounding(shape, slots
     assert max(errors) < 2 * tolerance, errors
 
 
+@pytest.mark.parametrize("backend", ["joined", "fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 32])
+def test_a_slot_of_stride_one_and_a_gradient_that_begins_anywhere(group, dtype, backend):
+    """A single slot may lie anywhere, as along a last axis of one, and a gradient in the middle of a larger one."""
+    if backend == "joined" and dtype == torch.float32:
+        pytest.skip("the joined backend does not take fp32")
+    generator = torch.Generator("cuda").manual_seed(0)
+    token, queries = (2, 65, 2, 64), (2, 65, 2 * group, 64)
+    q, k, v, keys, values = (
+        torch.randn(size, device="cuda", dtype=dtype, generator=generator) for size in (queries, *[token] * 4)
+    )
+    slots = [x.unsqueeze(-1).movedim(-1, 0) for x in (keys, values)]
+    assert slots[0].stride(0) == 1
+    do = torch.randn(q.numel() + 3, device="cuda", dtype=dtype, generator=generator)[3:].view(queries)
+    assert do.data_ptr() % 16
+    inputs = [x.requires_grad_() for x in (q, k, v, *slots)]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    expected, _ = reference.definition(*wide)
+    out = moda.attention(*inputs, backend=backend)
+    got = [out, *torch.autograd.grad(out, inputs, do)]
+    want = [expected, *torch.autograd.grad(expected, wide, do.double())]
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}[dtype]
+    assert max(combined_error([g], [w]) for g, w in zip(got, want, strict=True)) < tolerance
+
+
 @pytest.mark.parametrize("backend", ["joined", "fused", "auto"])
 @pytest.mark.parametrize("scale", [-0.3, -1e-3, 0.0])
 @pytest.mark.parametrize("slots", [0, 9])

@@ -118,6 +118,23 @@ def test_fewer_queries_than_keys_are_the_last_ones(name, time, key_time):
     check(name, Case(2, time, 2, 64, key_time=key_time))
 
 
+@pytest.mark.parametrize("name", MENU)
+def test_a_gradient_may_begin_anywhere(name):
+    case = Case(2, 256, 2, 64)
+    if reason := case.unusable(MENU[name]):
+        pytest.skip(f"{name}: {reason}")
+    o, lse = case.joint(*case.check_forward(MENU[name]))
+    elsewhere = torch.cat((case.do.flatten()[:3], case.do.flatten()))[3:].view_as(case.do)
+    assert elsewhere.data_ptr() % 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sequence, "choose", lambda *_: MENU[name])
+        got, want = (
+            sequence.backward(do, case.q, case.k, case.v, o, lse, case.scale, None) for do in (elsewhere, case.do)
+        )
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w.double()) < TOLERANCE[case.dtype]
+
+
 def test_any_backward_follows_any_forward():
     case = Case(2, 256, 2, 64)
     kernels = [kernel for kernel in MENU.values() if case.unusable(kernel) is None]

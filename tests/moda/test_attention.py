@@ -125,14 +125,15 @@ def batched(function, primals, tangents):
     return torch.func.jvp(torch.func.vmap(function), *(tuple(x[None] for x in xs) for xs in (primals, tangents)))
 
 
+@pytest.mark.parametrize("function", [moda.attention, moda.explain])
 @pytest.mark.parametrize("way", [torch.func.jvp, dual, batched])
 @pytest.mark.parametrize("argument", range(5))
-def test_forward_mode_derivatives_are_refused_instead_of_zero(argument, way):
+def test_forward_mode_derivatives_are_refused_instead_of_zero(argument, way, function):
     inputs = [x.detach() for x in random_case(1, 4, 1, 1, 16, 1)]
     x = inputs[argument]
 
     def call(x):
-        return moda.attention(*inputs[:argument], x, *inputs[argument + 1 :])
+        return function(*inputs[:argument], x, *inputs[argument + 1 :])
 
     with pytest.raises(RuntimeError, match="no forward-mode derivatives"):
         way(call, (x,), (torch.ones_like(x),))
@@ -285,6 +286,14 @@ def test_a_scale_that_is_not_finite_gets_one_sentence(scale):
     for call in calls:
         with pytest.raises(ValueError, match=rf"^scale={re.escape(str(scale))} is no finite number in fp32: use one"):
             call()
+
+
+@pytest.mark.parametrize("scale", [10**400, -(10**400), Fraction(10**400)], ids=["int", "negative", "fraction"])
+def test_a_scale_that_no_float_holds_gets_one_sentence(scale):
+    q = torch.randn(1, 4, 1, 16)
+    for function in (moda.attention, moda.explain):
+        with pytest.raises(ValueError, match=r"^scale is a number that no float can hold: use one of the size"):
+            function(q, q, q, scale=scale)
 
 
 def test_code_compiled_for_any_scale_refuses_one_that_is_not_finite():

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import moda
+from data.shard_writer import ShardWriter
+from eval.perplexity import PerplexityEvaluator
 from moda.backends import BACKENDS
 from models.config import ATTENTION_BACKENDS
 from models.decoder import Decoder
 from models.parallelize import prepare_blocks, units
 from tests.models.plain import build, small, tokens
+from tests.shards import VOCAB
 
 BASELINE = {}
 MODA = {"depth_kv": True, "ffn_kv_proj": True}
@@ -67,6 +70,24 @@ def test_layers_share_graphs(fields, graphs):
             sum(model(*tokens(seed=seed))).backward()
         assert counters["stats"]["unique_graphs"] == graphs
         assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("fields", [BASELINE, MODA, PROJECTED], ids=["baseline", "moda", "projected"])
+def test_training_is_compiled_after_an_evaluation_of_domains_of_all_sizes(fields, document_mask, tmp_path):
+    """PyTorch gives up compiling a function for which it has made too many graphs, one for each size of a batch."""
+    folders = {}
+    for instances in range(1, 12):
+        folders[f"domain-{instances}"] = tmp_path / f"{instances}"
+        with ShardWriter(tmp_path / f"{instances}", vocab_size=VOCAB, eos_id=0, tokens_per_file=1000) as writer:
+            writer.write([[1 + token % 50 for token in range(16 * instances)]], text_bytes=1)
+            writer.finish(tokenizer={"name": "counting", "sha256": "0" * 64}, preparation={})
+    model = build(small(**fields, vocab_size=VOCAB), torch.float32)
+    prepare_blocks(model, "none", "aot_eager")
+    evaluator = PerplexityEvaluator(folders, 16, instances=None, micro_batch_size=8, document_mask=document_mask)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert len(evaluator.evaluate(model, torch.device("cpu"))) == 3 * len(folders) + 2
+        sum(model(*tokens(batch=8, time=16))).backward()
 
 
 @pytest.mark.parametrize("fields", [BASELINE, MODA], ids=["baseline", "moda"])

@@ -18,6 +18,15 @@ def test_the_largest_micro_batch_fits_and_one_more_does_not(batch):
     assert largest_that_fits(config, 2, "none", 5e9) == 0
 
 
+@pytest.mark.parametrize(("kind", "capacity"), [("none", 1.5e9), ("full", 2e9), ("full", 12e9)])
+def test_short_instances_of_which_few_fit_a_chunk_of_the_loss_are_counted_too(kind, capacity):
+    (config,) = _configs(["model=moda_tiny", "model.vocab_size=50304", "data.sequence_length=256"], 1).values()
+    largest = largest_that_fits(config, 1, kind, capacity)
+    held = [on_gpu(sized(config, 1, size), 1, kind).total / (USABLE * capacity) for size in (largest, largest + 1)]
+    assert held[0] <= 1.001
+    assert held[1] > 0.999
+
+
 def test_a_configuration_that_fits_and_one_that_does_not(capsys):
     small = ["model=olmo2_tiny", "model.vocab_size=4096", "run.dir=runs/x"]  # as for train.py
     assert main([*small, "--device-gb", "80", PLAIN]) == 0  # overrides may follow options

@@ -198,10 +198,16 @@ def test_a_job_of_a_sweep_is_named_and_the_number_of_ranks_counts(config, monkey
 
 
 def test_compiling_on_a_cpu_without_a_compiler_is_refused(config, monkeypatch):
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None if name in ("g++", "/no/cc") else f"/usr/bin/{name}")
+    monkeypatch.delenv("CXX", raising=False)
     preflight(config)
     config.parallel.compile = True
-    assert message(ConfigError, config).startswith("parallel.compile=true on a CPU needs a C++ compiler")
+    for config.training.device in ("auto", "cpu"):
+        assert "on a CPU needs a C++ compiler, and there is no g++: install it" in message(ConfigError, config)
+    monkeypatch.setenv("CXX", "clang++")
+    preflight(config)
+    monkeypatch.setenv("CXX", "/no/cc")  # the compiler does not fall back to another
+    assert "there is no /no/cc" in message(ConfigError, config)
 
 
 def test_a_backend_that_cannot_take_the_model_is_refused(config, monkeypatch):

@@ -14,6 +14,7 @@ from models.config import ConfigError
 from tests.shards import tiny_config
 from training import profiling
 from training.config import Config, ProfileConfig
+from training.metrics import TrainingClock
 from training.profiling import StepProfiler
 from training.saver import CheckpointSaver
 from training.trainer import Trainer, train
@@ -137,3 +138,18 @@ def test_a_trace_that_was_written_is_named_and_one_that_was_not_is_a_warning(tmp
 def test_a_trace_is_whole_or_it_is_none(tmp_path, held, whole):
     (tmp_path / "trace.json.gz").write_bytes(held)
     assert profiling.is_trace(tmp_path / "trace.json.gz") is whole
+
+
+def test_the_writing_of_a_profile_is_left_out_of_the_time_of_steps(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def slowly(trace, path):
+        now[0] += 100.0
+        Path(path).write_bytes(gzip.compress(b"{}"))
+
+    monkeypatch.setattr(profiling.profile, "export_chrome_trace", slowly)
+    clock = TrainingClock(0, now=lambda: now[0])
+    profiler = StepProfiler(ProfileConfig(steps=[1]), tmp_path, 0, torch.device("cpu"), lambda line: None)
+    with profiler.of_step(1, clock.paused):
+        now[0] += 2.0
+    assert clock.lap(1) == 2.0
