@@ -73,7 +73,7 @@ def prepare(time: int, group: int, slots: int) -> dict[str, tuple[Call, Call]]:
     o, lse = sequence.forward(q, k, v, scale, None)
     depth.depth_forward(q, keys, values, o, lse, scale)
     own_o, own_lse, own_dq = o.clone(), lse.clone(), torch.zeros_like(q)
-    delta, dk, dv = torch.empty_like(lse), torch.empty_like(keys), torch.empty_like(values)
+    delta, dk, dv = lse.new_empty(lse.shape), torch.empty_like(keys), torch.empty_like(values)
 
     def depth_forward() -> tuple[Tensor, ...]:
         depth.depth_forward(q, keys, values, own_o, own_lse, scale)
