@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -36,9 +37,14 @@ def weights(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The norm of all gradients together, over all ranks, []."""
+    """The norm of all gradients together, over all ranks, [], of the same bits on each."""
     norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights(optimizer) if weight.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if not isinstance(norm, DTensor):
+        return norm
+    mesh, norm = norm.device_mesh, norm.full_tensor()
+    if mesh.ndim > 1:  # each group of shards sums by itself, and NCCL may do it in another order elsewhere
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group=mesh.get_group(0))
+    return norm
 
 
 def clip(optimizer: torch.optim.Optimizer, norm: Tensor, limit: float) -> None:

@@ -92,6 +92,27 @@ def test_gradients_of_two_copies_in_two_shards_each_equal_the_definition():
     run_ranks(check_gradients_of_replicated_shards, 4)
 
 
+def check_norms_of_replicas():
+    """Groups that add up in another order get other last bits: these are made to differ here."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    model = sharded(small(**MODA), mesh, torch.float32, torch.float32)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    sum(model(*tokens(batch=1))).backward()
+    whole = gradient_norm(optimizer)
+    rank = torch.distributed.get_rank()
+    for weight in optimizer.param_groups[0]["params"]:
+        if weight.grad is not None:
+            weight.grad.to_local().mul_(1.0 + 1e-3 * (rank // 2))
+    norms = [torch.empty_like(whole) for _ in range(4)]
+    torch.distributed.all_gather(norms, gradient_norm(optimizer))
+    assert all(torch.equal(norm, norms[0]) for norm in norms)
+    assert norms[0] > whole * 1.0001
+
+
+def test_all_ranks_decide_by_the_same_norm():
+    run_ranks(check_norms_of_replicas, 4)
+
+
 def steps(mesh, reduces_in_place, keeps):
     """Three steps as in training: fp32 weights, bf16 compute, two micro-batches a rank. Losses, gradients, weights."""
     parallelize.reduce_in_place = reduce_in_place if reduces_in_place else lambda model: None
