@@ -108,17 +108,18 @@ class PerplexityEvaluator:
         return len(dataset) if self.instances is None else min(self.instances, len(dataset))
 
     def _batches(self, dataset: TokenDataset) -> list[np.ndarray]:
-        """This rank's batches, [micro_batch_size, sequence_length + 1]; rows of -1 fill up the last, or a rank.
+        """This rank's batches, [rows, sequence_length + 1]; rows of -1 fill up the last, or a rank.
 
         All have one size: each would be a graph of its own where the model is compiled, and after eight of a function
         PyTorch compiles no more of it, for training neither.
         """
-        size = self._size(dataset)
-        rows = -(-size // self.world_size)  # of every rank
+        size, largest = self._size(dataset), max(map(self._size, self.datasets.values()))
+        rows, most = (-(-instances // self.world_size) for instances in (size, largest))  # of every rank
+        step = min(self.micro_batch_size, most)
         empty = np.full(dataset.sequence_length + 1, -1, dtype=np.int64)
         batches = []
-        for start in range(0, rows, self.micro_batch_size):
-            indices = [row * self.world_size + self.rank for row in range(start, start + self.micro_batch_size)]
+        for start in range(0, rows, step):
+            indices = [row * self.world_size + self.rank for row in range(start, start + step)]
             batches.append(np.stack([dataset[i] if i < size else empty for i in indices]))
         return batches
 

@@ -7,7 +7,7 @@ request. Arguments are checked here; the arithmetic is a backend's (`moda.joined
 from __future__ import annotations
 
 import sys
-from numbers import Real
+from numbers import Rational, Real
 from typing import Literal, overload
 
 import torch
@@ -194,7 +194,7 @@ def scale_of(q: Tensor, scale: float | None) -> float:
         raise TypeError(
             f"scale must be a number, as it gets no gradient, got {type(scale).__name__}: to learn a scale, multiply q."
         )
-    if isinstance(scale, Real) and not isinstance(scale, float) and abs(scale) > sys.float_info.max:
+    if isinstance(scale, Rational) and abs(scale) > sys.float_info.max:
         raise ValueError("scale is a number that no float can hold: use one of the size of head_dim ** -0.5.")
     if not torch.compiler.is_compiling():
         operators.check_scale(scale)

@@ -34,6 +34,7 @@ from scripts.training_benchmark.process import refusal
 from training.compose import plan
 from training.config import TrainingError
 from training.distributed import World, distributed_world
+from training.environment import rank_variable
 from training.preflight import checked
 from training.save_schedule import SaveSchedule
 from training.signals import stop_on_signals
@@ -90,7 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" and (options.out / "run").exists():
             raise ConfigError(f"--out {options.out} holds a run already: give a new folder.")
         paths = [f"data.path={options.data.resolve()}", f"run.dir={options.out.resolve() / 'run'}"]
-        batch = f"training.global_batch_size={8 * int(os.environ.get('WORLD_SIZE', '1'))}"
+        batch = f"training.global_batch_size={8 * rank_variable('WORLD_SIZE', 1)}"
         if sentence := refusal(options.overrides, FIXED):
             raise ConfigError(sentence)
         measure(["model=moda_700m", batch, *options.overrides, *RUN, *paths], options.out)

@@ -121,7 +121,8 @@ class StepMetrics:
     def finish(self) -> StepValues:
         """The values of the step that was begun; waits for the device to have done it.
 
-        No pause of the clock may lie between the two: the device works on in it.
+        A pause of the clock between the two must be one in which the device stands still, as while the files of a
+        profile are written: in another it works on.
         """
         assert self._begun is not None, "a step was begun"
         before, self._recorded = self._recorded, self._begun

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 if __name__ == "__main__":
@@ -82,7 +82,8 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         watchdog = Watchdog(world, Path(config.run.dir), factor=0, seconds=1)  # which never ends a run
         trainer = Trainer(config, world, stop, watchdog, None)
         timer = StepTimer(steps, world.device.type == "cuda")
-        trainer.after_step.append(timer)
+        pauses: list[float] = []  # seconds until the end of each step
+        trainer.after_step += [lambda step: pauses.append(trainer.clock.paused_seconds), timer]
         waits: list[float] = []
         trainer.loader.ready = _timed(trainer.loader.ready, waits)  # type: ignore
         with suppress(StepTimer.Enough):
@@ -104,7 +105,8 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         }
         warmup = min(WARMUP, steps // 3)
         if steps > 1:
-            result |= _of_steps(config, timer.seconds()[warmup:], waits[warmup + 1 :], world.size)
+            paused = pauses[-1] - pauses[warmup]  # a trace was written
+            result |= _of_steps(config, timer.seconds()[warmup:], waits[warmup + 1 :], world.size, paused)
             result |= trainer.metrics.utilization(result["tokens_per_second"])
         if world.device.type == "cuda":
             result["peak_bytes"] = torch.cuda.max_memory_allocated()
@@ -118,7 +120,7 @@ def measure(arguments: list[str], steps: int, started: float) -> dict[str, Any] 
         return result
 
 
-def _of_steps(config: Config, seconds: list[float], waits: list[float], ranks: int) -> dict[str, Any]:
+def _of_steps(config: Config, seconds: list[float], waits: list[float], ranks: int, paused: float) -> dict[str, Any]:
     tokens = config.training.global_batch_size * config.data.sequence_length
     return {
         "steps": len(seconds),
@@ -127,7 +129,7 @@ def _of_steps(config: Config, seconds: list[float], waits: list[float], ranks: i
         "slowest_step_seconds": max(seconds),
         "tokens_per_second": tokens / median(seconds),
         "tokens_per_second_per_gpu": tokens / median(seconds) / ranks,
-        "data_wait_share": mean(waits) / median(seconds),  # a profiled step holds the writing of its trace
+        "data_wait_share": sum(waits) / (sum(seconds) - paused),
     }
 
 

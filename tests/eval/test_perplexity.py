@@ -86,6 +86,16 @@ def test_what_is_done_is_told_after_each_batch(model, shards, instances, size, t
     assert (evaluator.size, heard) == (size, told)
 
 
+@pytest.mark.parametrize(("instances", "ranks", "rows"), [(2, 1, 2), (5, 2, 3), (5, 8, 1), (None, 1, 4)])
+def test_all_batches_have_one_size_and_no_more_rows_than_the_largest_domain(shards, instances, ranks, rows):
+    evaluator = PerplexityEvaluator(
+        domains(shards), 16, instances=instances, micro_batch_size=4, world_size=ranks, rank=ranks - 1
+    )
+    sizes = [len(batch) for dataset in evaluator.datasets.values() for batch in evaluator._batches(dataset)]
+    assert sizes
+    assert set(sizes) == {rows}
+
+
 def test_a_domain_that_cannot_be_read_is_told_to_stop_and_raised_where_that_stops_nothing(model, shards, monkeypatch):
     evaluator = PerplexityEvaluator(domains(shards), 16, instances=1, micro_batch_size=1)
     told = []

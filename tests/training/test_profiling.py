@@ -153,3 +153,20 @@ def test_the_writing_of_a_profile_is_left_out_of_the_time_of_steps(tmp_path, mon
     with profiler.of_step(1, clock.paused):
         now[0] += 2.0
     assert clock.lap(1) == 2.0
+
+
+def test_a_run_s_clock_stands_still_while_a_profile_is_written(shards, tmp_path, monkeypatch):
+    clocks, paused, begin, export = [], [], TrainingClock.__init__, profiling.profile.export_chrome_trace
+
+    def noted(clock, *given, **named):
+        clocks.append(clock)
+        begin(clock, *given, **named)
+
+    def exported(trace, path):
+        paused.append([clock for clock in clocks if clock._pause_start is not None])
+        export(trace, path)
+
+    monkeypatch.setattr(TrainingClock, "__init__", noted)
+    monkeypatch.setattr(profiling.profile, "export_chrome_trace", exported)
+    train(configured(shards, tmp_path / "run", 15))
+    assert [len(found) for found in paused] == [1]
