@@ -72,8 +72,7 @@ def test_layers_share_graphs(fields, graphs):
         assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("document_mask", [False, True])
-@pytest.mark.parametrize("fields", [BASELINE, MODA, PROJECTED], ids=["baseline", "moda", "projected"])
+@pytest.mark.parametrize(("fields", "document_mask"), [(BASELINE, False), (MODA, True), (PROJECTED, False)], ids=str)
 def test_training_is_compiled_after_an_evaluation_of_domains_of_all_sizes(fields, document_mask, tmp_path):
     """PyTorch gives up compiling a function for which it has made too many graphs, one for each size of a batch."""
     folders = {}

@@ -23,7 +23,7 @@ from training.compose import plan
 @pytest.mark.slow
 def test_random_kills_a_full_disk_and_a_device_without_memory_lose_no_bit(tmp_path, capsys):
     rows = tmp_path / "rows.json"
-    arguments = ["--only", "killed,disk,memory", "--short", "--kills", "3", "--json", str(rows)]
+    arguments = ["--only", "killed,disk,memory", "--short", "--kills", "2", "--json", str(rows)]
     assert fault_test.main(arguments) == 0, capsys.readouterr().out
     found = json.loads(rows.read_text())
     assert [row["fault"] for row in found[:3]] == ["none", "killed", "killed, asynchronous=false"]
