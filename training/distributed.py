@@ -79,6 +79,11 @@ class World:
             raise mistake
         return value
 
+    def synchronize(self) -> None:
+        """Wait until this rank's device has done what is queued."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `values` over ranks."""
         total = values.clone()

@@ -286,7 +286,10 @@ def progress_line(record: Mapping[str, float], total_steps: int, remaining: floa
     parts += [show(record[key]) for key, show in columns if key in record]
     if remaining is not None:
         parts.append(f"{format_duration(remaining)} left")
-    if "validation/mean/loss" in record:  # last: most lines lack it, and the columns before it stay aligned
+    # Last: most lines lack these two, and the columns before them stay aligned.
+    if skipped := record.get("train/skipped_steps"):
+        parts.append(f"{skipped:.0f} skipped")
+    if "validation/mean/loss" in record:
         parts.append(f"validation {record['validation/mean/loss']:.4f}")
     return " | ".join(parts)
 

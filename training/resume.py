@@ -25,6 +25,7 @@ from training.checkpoint import (
     ASIDE,
     FOLDER,
     MARKER,
+    TrainState,
     checkpoint_folders,
     find_checkpoints,
     newest_marked,
@@ -283,6 +284,16 @@ def check_resumable(saved: dict[str, Any], config: Config, path: Path) -> None:
     go_on = "" if refused else f" add checkpoint.allow_changes=[{','.join(sorted({*allowed, *askable}))}],"
     remedy = f"keep the old values,{go_on} or start a new run with another {config.run.placed_by}"
     raise ConfigError(f"{path} cannot be continued with another configuration: {remedy}.{table(rows)}")
+
+
+def of_one_level(saved: TrainState, config: Config, fingerprint: str) -> bool:
+    """Whether losses and gradient norms of steps to come are comparable with those before `saved`.
+
+    They are not with other tokens (`fingerprint`), instances a step, or weight of the z-loss.
+    """
+    before, after = flatten(saved.config), flatten(resolved(config))
+    keys = "training.global_batch_size", "model.z_loss"
+    return saved.data == fingerprint and all(before.get(key) == after[key] for key in keys)
 
 
 def check_allowed(config: Config, known: Container[str]) -> None:

@@ -3,7 +3,7 @@
 In: the loss and the gradient norm of a step, on the device, the same on all ranks. Out: a flag on the device that the
 fused AdamW heeds: with it, weights, moments and step count keep every bit, and a NaN never meets them. The host waits
 for nothing. OLMo 2 multiplies the update by 0 instead, which lets a NaN through, and forgets its window at a resume;
-here the window is a part of the checkpoint.
+here the window is a part of the checkpoint, and is forgotten where a resume is allowed to change what it is of.
 
 A step stands out when its loss or its gradient norm is more than `sigmas` standard deviations above the mean of the
 last `window` ones (OLMo 2: 6 and 128), once half a window is known. What enters the window then is the limit that was
@@ -40,6 +40,11 @@ class SpikeFilter:
             "in_a_row": self._in_a_row,
             "in_all": self._in_all,
         }
+
+    def forget(self) -> None:
+        """Begin the window anew: steps to come are of another level than those in it. What was left out counts."""
+        self._entered.zero_()
+        self._in_a_row.zero_()
 
     @torch.no_grad()
     def judge(self, loss: Tensor, grad_norm: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ from training.out_of_memory import explain, is_out_of_memory
 from training.profiling import StepProfiler
 from training.rank_check import check_ranks
 from training.restarts import give_up_if_stuck
-from training.resume import choose_checkpoint, continue_command
+from training.resume import choose_checkpoint, continue_command, of_one_level
 from training.saver import CheckpointSaver
 from training.schedule import lr_factor
 from training.signals import StopRequest, stop_on_signals
@@ -292,8 +292,8 @@ class Trainer:
         raise TrainingError(
             f"the run diverged: {skipped} steps in a row up to step {self.state.step} were skipped, their loss or "
             f"gradient norm being no number or far too high (last saved: {saved}; skipped steps change no weight). "
-            "Look at the data of these steps, or lower optimizer.lr, which "
-            "checkpoint.allow_changes=[optimizer.lr] permits."
+            "Look at the data of these steps, or lower optimizer.lr, which checkpoint.allow_changes=[optimizer.lr] "
+            "permits; where they are as they should be, raise training.skip_sigmas in the same way."
         )
 
     def _record(self, step: int, tokens: int, values: dict[str, float]) -> None:
@@ -307,6 +307,7 @@ class Trainer:
     def _keep_bound(self) -> None:
         if self.saver.is_at_bound(self.state.step):
             self._finish_record()
+            self.world.synchronize()  # what is queued is work, no pause
             with self.clock.paused():
                 self.saver.wait_at_bound(self.state.step, self.clock.stepping)
         if self.saver.schedule.tries_again(self.state.step) and self._check_skips() == 0:
@@ -414,16 +415,8 @@ class Trainer:
         self.stay_gathered = not reshard and keep_gathered(self.model, self.optimizer)
         self.spikes = SpikeFilter(config.training.skip_window, config.training.skip_sigmas, world.device)
         self.watchdog.mark("the layout of the model")
-        self.saver = CheckpointSaver(
-            self.run_dir,
-            self.model,
-            self.optimizer,
-            self.spikes,
-            world,
-            config.checkpoint,
-            self.console.say,
-            self.watchdog,
-        )
+        parts = self.model, self.optimizer, self.spikes
+        self.saver = CheckpointSaver(self.run_dir, *parts, world, config.checkpoint, self.console.say, self.watchdog)
         self.metrics = StepMetrics(config, world, compute_dtype)
 
     def _restore(self, checkpoint: Path | None) -> None:
@@ -437,6 +430,8 @@ class Trainer:
             self.state = TrainState()
         else:
             self.state = load_checkpoint(checkpoint, self.model, self.optimizer, self.world, self.spikes, self.watchdog)
+            if not of_one_level(self.state, config, self.stream.fingerprint):
+                self.spikes.forget()
             if not any(checkpoint.samefile(own) for own in checkpoint_folders(self.run_dir)):  # another run's
                 self.state.wandb_run_id, self.state.begun_from = None, str(checkpoint)
             else:  # the record that a signal put off may have been made since, by a start that came to no checkpoint

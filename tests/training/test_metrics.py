@@ -14,7 +14,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from training.metrics import Console, MetricsLog, TrainingClock, format_count, format_duration, read_metrics
+from training.metrics import (
+    Console,
+    MetricsLog,
+    TrainingClock,
+    format_count,
+    format_duration,
+    progress_line,
+    read_metrics,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,6 +169,9 @@ def test_a_progress_line_shows_what_the_record_holds_in_human_numbers():
         "step   120/2,000 | loss  5.2134 | lr 3.00e-04 | grad norm  1.200 | 12.3 k tok/s | MFU 41.2 % |  3.20 GB"
         " | 1 h 03 min elapsed | 1 min 05 s left | validation 5.4000\n"
     )
+    assert "skipped" not in progress_line(record | {"train/skipped_steps": 0.0}, 2000)
+    skipped = progress_line(record | {"train/skipped_steps": 3.0}, 2000, 65.0)
+    assert skipped.endswith("left | 3 skipped | validation 5.4000")
 
 
 def test_a_progress_line_of_step_0_holds_only_validation():

@@ -9,7 +9,7 @@ import torch
 import training.trainer
 from models.decoder import Decoder
 from models.initialization import initialize
-from tests.shards import tiny_config
+from tests.shards import tiny_config, write_shards
 from training.checkpoint import find_checkpoints, read_marker
 from training.config import OptimizerConfig, TrainingError
 from training.metrics import read_metrics
@@ -150,6 +150,26 @@ def test_a_spike_of_the_gradient_is_skipped_after_a_resume_too(shards, tmp_path,
     records = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")}
     assert records[11]["train/grad_norm"] > 1e3
     assert records[11]["train/skipped_steps"] == records[10]["train/skipped_steps"] + 1
+
+
+@pytest.mark.parametrize("change", ["batch", "data", "z_loss"])
+def test_what_another_batch_or_other_data_bring_after_a_resume_is_no_spike(change, shards, tmp_path, monkeypatch):
+    config = tiny_config(shards, tmp_path / "run")
+    config.training.skip_window, config.training.stop_at = 8, 10
+    train(config)
+    config.training.stop_at = 12
+    if change == "batch":
+        config.training.global_batch_size *= 2
+    elif change == "data":
+        config.data.path = str(write_shards(tmp_path / "other", seed=7))
+    else:
+        config.model.z_loss *= 2
+    config.checkpoint.allow_changes = ["training.global_batch_size", "data", "model.z_loss"]
+    poisoned(monkeypatch, {1}, factor=1e4)
+    train(config)
+    records = {r["step"]: r for r in read_metrics(tmp_path / "run" / "metrics.jsonl")}
+    assert records[11]["train/grad_norm"] > 1e3
+    assert records[12]["train/skipped_steps"] == records[10]["train/skipped_steps"]
 
 
 def test_a_checkpoint_waits_for_the_end_of_a_streak(shards, tmp_path, monkeypatch):
